@@ -172,7 +172,7 @@ def check_type(value,          # what was given
     if not isinstance(value, hint): raise wrong
     return value
 
-# %% ../nbs/00_core.ipynb #11b0f0fb
+# %% ../nbs/00_core.ipynb #4ad1f305
 class ParameterCheck:
     "Snapshot of a namespace before the `parameters` cell; call it after that cell to check what appeared"
     def __init__(self, namespace: dict):  # `globals()` of the notebook
@@ -182,7 +182,7 @@ class ParameterCheck:
     def __call__(self) -> dict:  # parameter names to checked values
         "Raise an `InputError` for a name that was not declared or a value of another type"
         hints = dict(self.ns.get("__annotations__", {}))
-        given = [k for k in self.ns if k not in self.before and not k.startswith("_")]
+        given = [k for k, v in self.ns.items() if k not in self.before and not k.startswith("_") and v is not self]
         for k in given:
             if k not in hints:
                 raise InputError("no such parameter", where=k, fix=f"{did_you_mean(k, hints)}; nothing was run")

@@ -45,7 +45,7 @@ class PlainAttention(nn.Module):
         x = own + F.scaled_dot_product_attention(own, own, own, attn_mask=m)
         return x + F.scaled_dot_product_attention(own, other, other, attn_mask=m) if cross_attention else x
 
-# %% ../nbs/10_han.ipynb #4193acec
+# %% ../nbs/10_han.ipynb #ca9053c6
 class HybridAttention(nn.Module):
     "One HAN layer H(own, other), as released"
     def __init__(self,
@@ -63,11 +63,11 @@ class HybridAttention(nn.Module):
 
     def project(self, own, other, cross_attention: bool = True):
         "Queries, keys and values (q,k,v) of the self-attention and, if wanted, of the cross-attention"
-        d, (w, b) = own.shape[-1], (self.qkv.weight, self.qkv.bias)
-        n = 4 if cross_attention else 3
-        from_own = F.linear(own, w[:n*d], b[:n*d]).chunk(n, -1)                       # n x (B,T,D)
-        if not cross_attention: return from_own, None
-        return from_own[:3], (from_own[3], *F.linear(other, w[4*d:], b[4*d:]).chunk(2, -1))
+        d, w, b = own.shape[-1], self.qkv.weight, self.qkv.bias
+        if not cross_attention: return F.linear(own, w[:3*d], b[:3*d]).chunk(3, -1), None
+        (w_own, w_other), (b_own, b_other) = w.split([4*d, 2*d]), b.split([4*d, 2*d])
+        *sa, q = F.linear(own, w_own, b_own).chunk(4, -1)                             # 4 x (B,T,D)
+        return sa, (q, *F.linear(other, w_other, b_other).chunk(2, -1))
 
     def forward(self, own, other, cross_attention: bool = True, mask=None):
         "H(own, other) for features (B,T,D); `mask` (B,T) is False where a video is padded"

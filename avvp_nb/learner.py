@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'epoch_seed', 'batches', 'Callback', 'predict', 'pick_device', 'deterministic_mode', 'NotFiniteError',
-           'check_terms', 'Learner', 'ValidateCB', 'CheckpointCB', 'epoch_line', 'ProgressCB']
+           'check_terms', 'Loop', 'Learner', 'ValidateCB', 'CheckpointCB', 'epoch_line', 'ProgressCB']
 
 # %% ../nbs/07_learner.ipynb #0eff7b26
 import io
@@ -88,22 +88,9 @@ def check_terms(values,            # (n,K) tensor: K loss terms of n consecutive
         raise NotFiniteError(f"loss term '{names[k]}' is {values[b, k].item()} in epoch {epoch + 1}, batch {first + b + 1}. "
                              "Lower the learning rate, or look for non-finite features with `avvp_nb.data.doctor`")
 
-# %% ../nbs/07_learner.ipynb #5026c9ac
-class Learner:
-    "Train `model` on clips with `loss`; everything else is a callback"
-    def __init__(self, model, train, loss, *,
-                 lr: float = 3e-4, batch_size: int = 16, epochs: int = 40,
-                 step: int = 10, factor: float = 0.1,     # lr is multiplied by `factor` after every `step` epochs
-                 seed: int = 1,                           # of the order of videos and of dropout
-                 device: str = "auto", precision: str = "fp32",
-                 deterministic: bool = False, callbacks=()):
-        self.device, self.precision = pick_device(device), check_choice(precision, PRECISIONS, "precision")
-        self.model, self.loss, self.train = model.to(self.device), loss, train
-        self.lr, self.batch_size, self.epochs, self.step, self.factor = lr, batch_size, epochs, step, factor
-        self.seed, self.deterministic, self.callbacks = seed, deterministic, list(callbacks)
-        self.opt = torch.optim.Adam(self.model.parameters(), lr, fused=True)
-        self.epoch, self.history = 0, []                  # epochs done, and one log each
-
+# %% ../nbs/07_learner.ipynb #d5ec3ed8
+class Loop:
+    "What happens to one batch, and in one epoch; `Learner` adds the settings and the start"
     def __call__(self, moment: str):
         "Tell all callbacks that `moment` has come"
         for cb in self.callbacks: getattr(cb, moment)(self)
@@ -135,16 +122,31 @@ class Learner:
         self.model.train()
         torch.manual_seed(epoch_seed(self.seed, self.epoch, 1))
         for g in self.opt.param_groups: g["lr"] = self.rate(self.epoch)
-        todo, values, sizes, checked = batches(len(self.train), self.batch_size, self.seed, self.epoch), [], [], 0
-        every = 1 if self.device.type == "cpu" else 64
+        todo, values, checked = batches(len(self.train), self.batch_size, self.seed, self.epoch), [], 0
+        self.n_batches, every = len(todo), 1 if self.device.type == "cpu" else 64
         for self.i, idx in enumerate(todo):
-            self.n_batches = len(todo)
-            values.append(self.one_batch(idx)); sizes.append(len(idx))
+            values.append(self.one_batch(idx))
             if len(values) % every == 0 or len(values) == len(todo):
                 check_terms(torch.stack(values[checked:]), list(self.terms), self.epoch, checked)
                 checked = len(values)
-        weight = torch.tensor(sizes, device=self.device)[:, None]/sum(sizes)
-        self.log["loss"] = dict(zip(self.terms, (torch.stack(values)*weight).sum(0).tolist()))
+        share = torch.tensor([len(idx)/len(self.train) for idx in todo], device=self.device)
+        self.log["loss"] = dict(zip(self.terms, (share@torch.stack(values)).tolist()))
+
+# %% ../nbs/07_learner.ipynb #ed199dc2
+class Learner(Loop):
+    "Train `model` on clips with `loss`; everything else is a callback"
+    def __init__(self, model, train, loss, *,
+                 lr: float = 3e-4, batch_size: int = 16, epochs: int = 40,
+                 step: int = 10, factor: float = 0.1,     # lr is multiplied by `factor` after every `step` epochs
+                 seed: int = 1,                           # of the order of videos and of dropout
+                 device: str = "auto", precision: str = "fp32",
+                 deterministic: bool = False, callbacks=()):
+        self.device, self.precision = pick_device(device), check_choice(precision, PRECISIONS, "precision")
+        self.model, self.loss, self.train = model.to(self.device), loss, train
+        self.lr, self.batch_size, self.epochs, self.step, self.factor = lr, batch_size, epochs, step, factor
+        self.seed, self.deterministic, self.callbacks = seed, deterministic, list(callbacks)
+        self.opt = torch.optim.Adam(self.model.parameters(), lr, fused=True)
+        self.epoch, self.history = 0, []                  # epochs done, and one log each
 
     def fit(self):
         "Train from `self.epoch` to the end; returns the learner"

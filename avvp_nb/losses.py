@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['EPS', 'bce', 'smooth_labels', 'GuidedLoss']
 
-# %% ../nbs/06a_losses.ipynb #07b760bc
+# %% ../nbs/06a_losses.ipynb #f9febec6
 from dataclasses import dataclass
 
-from torch.nn import functional as F
+import torch
 
 from .core import InputError
 
-# %% ../nbs/06a_losses.ipynb #7bb7699c
+# %% ../nbs/06a_losses.ipynb #47516682
 EPS = 1e-7  # clamp of the official code
 
 def bce(probs,    # (B,C) probabilities; values outside [0,1] are clamped
         target):  # (B,C) labels, smoothed or not
     "Binary cross entropy, mean over videos and classes (HAN §5.3)"
-    return F.binary_cross_entropy(probs.float().clamp(EPS, 1 - EPS), target.float())
+    p, y = probs.float().clamp(EPS, 1 - EPS), target.float()
+    return -(y*p.log() + (1 - y)*torch.log1p(-p)).mean()
 
 # %% ../nbs/06a_losses.ipynb #c73e277c
 def smooth_labels(y,                # (B,C) multi-hot labels

@@ -1,0 +1,64 @@
+# Thin names for the project's commands; `make help` lists them. The first one that needs it sets up .venv by itself.
+SHELL := bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# `python3` if it will do, else the newest of the others; name another one with `make PYTHON=/path/to/python3.12 test`
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& { command -v "$$p"; break; }; done)
+# Made last, so a failed install leaves none; its name holds the folder, so a moved checkout is set up again
+STAMP := $(VENV)/.ready-$(shell printf '%s' "$(CURDIR)" | cksum | cut -d' ' -f1)
+# What you add to a command: make dgm ARGS="-p gamma 0.2 -p scale tiny"
+ARGS ?=
+export ARGS
+# What the notebook prints, and nothing else
+QUIET := --stdout-file - --no-progress-bar --log-level WARNING
+# papermill's `python3` is the environment's own kernel, whatever the user's folders hold
+export JUPYTER_PREFER_ENV_PATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help dgm smoke test check export clean bench lab env
+
+help: ## list these commands
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+
+dgm: $(STAMP) ## main job: run nbs/dgm.ipynb; options as ARGS="-p gamma 0.2 -p scale tiny"
+	@mkdir -p runs/dgm
+	@nb="runs/dgm/$$(printf '%s' "dgm $$ARGS" | sed 's/ -[py] / /g' | tr -cs 'A-Za-z0-9.=-' _ | sed 's/_*$$//' | cut -c1-100).ipynb"; \
+	$(PY) -m papermill nbs/dgm.ipynb "$$nb" -p out runs/dgm $(QUIET) $(ARGS) \
+	&& echo "Executed notebook: $$nb"
+
+smoke: ## the main job at its smallest scale, in seconds
+	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
+
+test: $(STAMP) ## the whole test suite, with coverage; leaves the tree as it is
+	$(PY) -m pytest -o addopts= -m "not slow" --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+
+check: $(STAMP) ## in seconds: modules in step with notebooks, notebooks clean, ruff
+	$(PY) tools/check.py
+
+export: $(STAMP) ## write avvp_nb/ from the notebooks
+	$(PY) tools/check.py --export
+
+clean: $(STAMP) ## strip the notebooks of what only disturbs diffs (outputs stay)
+	$(PY) tools/check.py --clean
+
+bench: $(STAMP) ## throughput beside the official way of working, on this machine
+	$(PY) -m bench $(ARGS)
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(PY) -m jupyterlab nbs $(ARGS)
+
+env: $(STAMP) ## only set up the environment
+
+$(STAMP): settings.ini setup.py pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "No Python 3.10 to 3.13 with venv found. Install one (on Debian: apt install" \
+		"python3-venv), or name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@rm -f $(VENV)/.ready-*
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "Installing the pinned packages into $(VENV) (about a minute where torch is a CPU build)"
+	@$(PY) -m pip install --quiet -c requirements.lock -e '.[dev]'
+	@$(PY) -m ipykernel install --sys-prefix --name python3 --display-name 'Python 3 (avvp_nb)' >/dev/null
+	@touch $@
