@@ -49,7 +49,7 @@ def write_annotations(root,          # folder, created if needed
         text = "\n".join("\t".join(map(str, r)) for r in [columns, *rows])
         (root/name).write_text(text + "\n", encoding="utf-8", newline="\n")
 
-# %% ../nbs/01_annotations.ipynb #cfc17509
+# %% ../nbs/01_annotations.ipynb #c247c83c
 def read_text(root,       # folder of the annotation files
               name: str,  # file name
               ) -> str:
@@ -59,8 +59,8 @@ def read_text(root,       # folder of the annotation files
     except FileNotFoundError as e:
         here = "it lies in the folder `data` below" if (Path(root)/"data"/name).exists() else \
                "copy the folder `data` of the AVVP-ECCV20 repository"
-        raise InputError("no such file" if Path(root).is_dir() else "no such folder", where=path if Path(root).is_dir() else root,
-                         expected="a folder with the LLP annotation files", fix=here) from e
+        what, where = ("no such file", path) if Path(root).is_dir() else ("no such folder", root)
+        raise InputError(what, where=where, expected="a folder with the LLP annotation files", fix=here) from e
     except (UnicodeDecodeError, OSError) as e:
         raise InputError(f"could not be read as text ({e})", where=path, fix="fetch the file again") from e
 
@@ -204,7 +204,7 @@ def read_audio_table(root,               # folder of the annotation files
     note = f"{name} is the {found[name]} copy; three filename cells were {what} in memory, the file is untouched"
     return convert_audio_table(texts[name], audio_table), audio_table, name, note
 
-# %% ../nbs/01_annotations.ipynb #262359b0
+# %% ../nbs/01_annotations.ipynb #094289ae
 @dataclass(repr=False)
 class Split:
     "Labels of one split, in the order of its file"
@@ -230,8 +230,8 @@ class Split:
 
     def stats(self) -> dict:
         "Sizes, labels per video; and per modality events, active class-seconds and videos without any event"
-        per_video = self.weak.sum(1)
-        out = {"videos": len(self), "labels": int(per_video.sum()), "labels per video": round(float(per_video.mean()), 3) if len(self) else 0.}
+        labels = int(self.weak.sum())
+        out = {"videos": len(self), "labels": labels, "labels per video": round(labels/max(len(self), 1), 3)}
         for k, g in self.grids.items():
             out |= {f"{k} events": count_events(g), f"{k} seconds": int(g.sum()), f"no {k}": int((~g.any((1, 2))).sum())}
         return out
@@ -242,7 +242,7 @@ class Split:
 
     def _repr_html_(self): return pd.DataFrame([self.stats()], index=[self.name]).to_html()
 
-# %% ../nbs/01_annotations.ipynb #eb053e49
+# %% ../nbs/01_annotations.ipynb #66932658
 class Annotations(Mapping):
     "The splits by name, with where they came from; `report()` lists every defect"
     def __init__(self, splits: dict, audio_rows, visual_rows, **info):
@@ -259,7 +259,8 @@ class Annotations(Mapping):
     def __len__(self): return len(self.splits)
     def __repr__(self):
         sizes = ", ".join(f"{k} {len(v)}" for k, v in self.items())
-        return f"Annotations({sizes}; {len(self.classes)} classes, T={self.seconds}, audio table {self.audio_table}, {self.fingerprint})"
+        return (f"Annotations({sizes}; {len(self.classes)} classes, T={self.seconds}, "
+                f"audio table {self.audio_table}, {self.fingerprint})")
 
     @property
     def video_ids(self) -> list:
@@ -273,7 +274,8 @@ class Annotations(Mapping):
     def row_counts(self) -> pd.DataFrame:
         "Rows of each dense file: all, and those of videos of each evaluated split"
         tables = {DENSE["audio"]: self.audio_rows, DENSE["visual"]: self.visual_rows}
-        rows = [{"rows": len(t), **{f"of {k}": int(t.filename.isin(self[k].ids).sum()) for k in ("val", "test")}} for t in tables.values()]
+        def of(t, split): return int(t.filename.isin(self[split].ids).sum())
+        rows = [{"rows": len(t), "of val": of(t, "val"), "of test": of(t, "test")} for t in tables.values()]
         return pd.DataFrame(rows, index=pd.Index(list(tables), name="file"))
 
     def report(self) -> pd.DataFrame:
@@ -284,7 +286,7 @@ class Annotations(Mapping):
         notes = "".join(f"<li>{n}</li>" for n in self.notes)
         return f"<p>{self!r}</p>{self.stats().to_html(na_rep='')}<ul>{notes}</ul>"
 
-# %% ../nbs/01_annotations.ipynb #480cebe2
+# %% ../nbs/01_annotations.ipynb #32813e51
 def _sha(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()
 
 def _check_full(root, splits: dict) -> tuple:
@@ -324,8 +326,8 @@ def load_annotations(root,                       # folder of the annotation file
         splits[name] = Split(name, t.filename.tolist(), weak_matrix(t, classes, file), cells=t.event_labels.tolist(), **dense)
     _check_disjoint(splits)
     full, notes = _check_full(root, splits)
-    out = Annotations(splits, rows["audio"], rows["visual"], classes=tuple(classes), seconds=seconds, audio_table=table, full=full,
-                      notes=([note] if note else []) + notes, files={k: _sha(v) for k, v in texts.items()})
+    out = Annotations(splits, rows["audio"], rows["visual"], classes=tuple(classes), seconds=seconds, audio_table=table,
+                      notes=([note] if note else []) + notes, files={k: _sha(v) for k, v in texts.items()}, full=full)
     if strict: _refuse_defects(out)
     return out
 
@@ -411,7 +413,7 @@ def _weak_against_dense(a, rows):
             found.append(("D8", SPLITS[name], i + 2, s.ids[i], a.classes[c], f"{s.ids[i]}\t{a.classes[c]}\tweak={s.cells[i]}"))
     return found
 
-# %% ../nbs/01_annotations.ipynb #3a70f48c
+# %% ../nbs/01_annotations.ipynb #bd9d2e60
 def _weak_tables(a) -> list:
     "(file, line, filename, label cell) of every row of the weak files"
     tables = [(SPLITS[k], s.ids, s.cells) for k, s in a.items()]
@@ -439,10 +441,11 @@ def _drift(a, rows, n: int = 4):
     if not (len(train) and len(held)): return []
     p, q = train.mean(0), held.mean(0)
     change = abs(np.log((p + 1e-3)/(q + 1e-3)))  # a rare class must not lead by chance
-    found = [("D14", SPLITS["train"], None, "", "", f"labels per video {train.sum(1).mean():.3f} (at most {int(train.sum(1).max())}) in train, "
-              f"{held.sum(1).mean():.3f} (at most {int(held.sum(1).max())}) in val and test")]
-    return found + [("D14", SPLITS["train"], None, "", a.classes[c], f"{a.classes[c]} on {p[c]:.1%} of train, {q[c]:.1%} of val and test")
-                    for c in np.argsort(-change, kind="stable")[:n]]
+    def per_video(w): return f"{w.sum(1).mean():.3f} (at most {int(w.sum(1).max())})"
+    said = [("", f"labels per video {per_video(train)} in train, {per_video(held)} in val and test")]
+    said += [(a.classes[c], f"{a.classes[c]} on {p[c]:.1%} of train, {q[c]:.1%} of val and test")
+             for c in np.argsort(-change, kind="stable")[:n]]
+    return [("D14", SPLITS["train"], None, "", name, text) for name, text in said]
 
 # %% ../nbs/01_annotations.ipynb #20396935
 _FINDERS = (_single_rows, _collisions, _pairs, _weak_against_dense, _weak_rows, _empty_videos, _drift)

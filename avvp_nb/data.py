@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     index: torch.Tensor    # (B,) int64, positions inside the `Clips` the batch came from
     labels: dict           # extra label arrays by name, each (B,C) float32
 
-# %% ../nbs/03_data.ipynb #1b1441fc
+# %% ../nbs/03_data.ipynb #0cb7802a
 def _positions(idx, n: int) -> np.ndarray:
     "Turn an int, slice, boolean mask or index array into checked int64 positions below `n`"
     if isinstance(idx, slice): return np.arange(*idx.indices(n))
@@ -39,7 +39,8 @@ def _positions(idx, n: int) -> np.ndarray:
         return np.flatnonzero(idx)
     if idx.size == 0: return np.zeros(0, np.int64)
     if idx.dtype.kind not in "iu" or idx.ndim != 1:
-        raise InputError(f"{idx.dtype} array of {idx.ndim} dimensions", where="index", expected="whole numbers, one dimension")
+        raise InputError(f"{idx.dtype} array of {idx.ndim} dimensions", where="index",
+                         expected="whole numbers, one dimension")
     if idx.max() >= n or idx.min() < -n: raise IndexError(f"index out of range for {n} videos")
     return np.where(idx < 0, idx + n, idx).astype(np.int64)
 
@@ -48,7 +49,7 @@ def take(x, idx: np.ndarray):
     if isinstance(x, torch.Tensor): return x.index_select(0, torch.from_numpy(idx).to(x.device))
     return np.take(x, idx, axis=0) if x.flags.c_contiguous else x[idx]
 
-# %% ../nbs/03_data.ipynb #0953e38b
+# %% ../nbs/03_data.ipynb #711cd9a7
 @dataclass(repr=False)
 class Clips:
     "A split in memory (or memory-mapped): features, weak labels and, where they exist, dense labels"
@@ -67,7 +68,6 @@ class Clips:
     def __post_init__(self):
         if self.rows is None: self.rows = np.arange(len(self.ids))
         _check_clips(self)
-
     def __len__(self): return len(self.ids)
     def __getitem__(self, idx): return _select(self, idx)
     def __repr__(self): return _describe(self)
@@ -104,15 +104,11 @@ class Clips:
 
     def with_labels(self, **labels):  # name = (N,C) array
         "The same clips carrying extra label arrays, such as refined ones"
-        new = {k: np.asarray(v, dtype=np.float32) for k, v in labels.items()}
-        return replace(self, labels={**self.labels, **new})
+        return replace(self, labels={**self.labels, **{k: np.asarray(v, dtype=np.float32) for k, v in labels.items()}})
 
     def modality_labels(self) -> tuple:  # (audio (N,C), visual (N,C)) float32
         "The true video-level label of each modality, from the dense labels"
-        if self.dense_audio is None:
-            raise InputError("no dense labels", where=_name(self), expected="a validation or test split",
-                             fix="training videos of LLP carry weak labels only")
-        return self.dense_audio.max(1).astype(np.float32), self.dense_visual.max(1).astype(np.float32)
+        return _modality_labels(self)
 
 # %% ../nbs/03_data.ipynb #1f3f3663
 FEATURES = ("audio", "frames", "motion")  # the three feature arrays of a video
@@ -142,7 +138,7 @@ def _check_clips(clips):
         if not any(len(w) == x.ndim and all(b in (a, "D") for a, b in zip(x.shape, w)) for w in want):
             raise InputError(f"shape {tuple(x.shape)}", where=k, expected=" or ".join(str(w).replace("'", "") for w in want))
 
-# %% ../nbs/03_data.ipynb #b70459dd
+# %% ../nbs/03_data.ipynb #63529861
 def _select(clips, idx):
     "The videos `idx`, with a fingerprint of their own"
     n = len(clips)
@@ -170,6 +166,12 @@ def _resident(clips, device, dtype=torch.float32):
     return replace(clips, **{k: put(getattr(clips, k), dtype) for k in FEATURES}, weak=put(clips.weak, torch.float32),
                    labels={k: put(v, torch.float32) for k, v in clips.labels.items()})
 
+def _modality_labels(clips) -> tuple:
+    "See `Clips.modality_labels`"
+    if clips.dense_audio is not None: return tuple(d.max(1).astype(np.float32) for d in (clips.dense_audio, clips.dense_visual))
+    raise InputError("no dense labels", where=_name(clips), expected="a validation or test split",
+                     fix="training videos of LLP carry weak labels only")
+
 def _describe(clips) -> str:
     "One line: sizes, type, provenance"
     dims = "+".join(str(getattr(clips, k).shape[2]) for k in FEATURES)
@@ -178,7 +180,7 @@ def _describe(clips) -> str:
     return (f"Clips({len(clips)} videos, T={clips.audio.shape[1]}, C={clips.weak.shape[1]}, {dims} {kind}, "
             f"{clips.nbytes/1e6:.1f} MB, {dense}, {clips.mark or 'real features'})")
 
-# %% ../nbs/03_data.ipynb #7e6ff41b
+# %% ../nbs/03_data.ipynb #352559fc
 def _store(features, ids, on_missing) -> Store:
     "A store as it is, or opened from a path, or read from the authors' layout"
     if isinstance(features, Store): return features
@@ -201,7 +203,8 @@ def load_clips(annotations,                # from `load_annotations`
     pos = store.find(labels.ids)
     absent = [labels.ids[i] for i in np.flatnonzero(pos < 0)]
     if absent and (on_missing == "error" or len(absent) == len(pos)):
-        raise InputError(f"no features for {len(absent)} of {len(pos)} {split} videos ({', '.join(absent[:5])}{', ...' if len(absent) > 5 else ''})",
+        some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        raise InputError(f"no features for {len(absent)} of {len(pos)} {split} videos ({some})",
                          where=store.path, expected="every video of the split", fix="pack them too, or pass on_missing='drop'")
     if store.audio.shape[1] != annotations.seconds:
         raise InputError(f"features of {store.audio.shape[1]} s for labels of {annotations.seconds} s", where=store.path,

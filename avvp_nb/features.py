@@ -37,13 +37,14 @@ class FeatureSet:
 FEATURE_SETS = {"audio": FeatureSet("vggish", 128), "frames": FeatureSet("res152", 2048, 8),
                 "motion": FeatureSet("r2plus1d_18", 512)}
 
-# %% ../nbs/02_features.ipynb #1be79830
+# %% ../nbs/02_features.ipynb #f3b90048
 def pool_frames(frames,              # (...,8T,D) array or tensor, any floating type
                 per_second: int = 8  # rows averaged into one
                 ):                   # (...,T,D) float32
     "Mean over the rows of each second"
     rows, dim = frames.shape[-2:]
-    if rows % per_second: raise InputError(f"{rows} rows", where="frames", expected=f"a multiple of {per_second}, the frames per second")
+    if rows % per_second:
+        raise InputError(f"{rows} rows", where="frames", expected=f"a multiple of {per_second}, the frames per second")
     x = frames.float() if hasattr(frames, "float") else np.asarray(frames, dtype=np.float32)
     x = x.reshape(*x.shape[:-2], rows//per_second, per_second, dim)
     parts = [x[..., k, :] for k in range(per_second)]
@@ -182,7 +183,7 @@ def diagnose(path,            # one .npy file
         if bad: return h, "non-finite", f"{bad} of {int(np.prod(h.shape))} numbers"
     return h, None, ""
 
-# %% ../nbs/02_features.ipynb #ad5f1b15
+# %% ../nbs/02_features.ipynb #db4227cd
 class FeatureReport:
     "What the doctor found; `problems` has one row per finding"
     def __init__(self, problems, ids, layout, seconds, headers, full):
@@ -213,12 +214,14 @@ class FeatureReport:
         "Raise an `InputError` that names the first problem and counts the others"
         if self.ok: return
         r, counts = self.serious.iloc[0], ", ".join(f"{n} {k}" for k, n in self.serious.problem.value_counts().items())
-        raise InputError(f"{r.problem}{f': {r.found}' if r.found else ''} ({counts}; {len(self.usable)} of {len(self.ids)} videos can be used)",
+        what = ": ".join(s for s in (r.problem, r.found) if s)
+        raise InputError(f"{what} ({counts}; {len(self.usable)} of {len(self.ids)} videos can be used)",
                          where=r.file, expected=r.expected, fix=r.fix)
 
     def __repr__(self):
         how = "every number" if self.full else "headers and sizes"
-        return f"FeatureReport({len(self.usable)} of {len(self.ids)} videos usable, T={self.seconds}, {how} checked, {len(self.problems)} findings)"
+        return (f"FeatureReport({len(self.usable)} of {len(self.ids)} videos usable, T={self.seconds}, {how} checked, "
+                f"{len(self.problems)} findings)")
 
     def _repr_html_(self): return f"<p>{self!r}</p>" + (self.problems.head(20).to_html() if len(self.problems) else "")
 
@@ -304,7 +307,7 @@ def read_video(layout: Path,   # folder of the feature folders
         arrays[m] = _fit(pool_frames(x, s.per_second) if pooled and s.per_second > 1 else x, dtype, path)
     return arrays, hashes
 
-# %% ../nbs/02_features.ipynb #cbf6a834
+# %% ../nbs/02_features.ipynb #017a1a62
 MANIFEST = "manifest.json"
 KIND = "avvp_nb feature store"
 
@@ -355,9 +358,10 @@ class Store:
 
     def __repr__(self):
         shapes = ", ".join(f"{k} {tuple(x.shape[1:])}" for k, x in self.arrays.items())
-        return f"Store({len(self)} videos, {shapes}, {self.audio.dtype}, {self.nbytes/1e6:.1f} MB, {self.source.get('mark') or 'real features'})"
+        mark = self.source.get("mark") or "real features"
+        return f"Store({len(self)} videos, {shapes}, {self.audio.dtype}, {self.nbytes/1e6:.1f} MB, {mark})"
 
-# %% ../nbs/02_features.ipynb #5fd9755f
+# %% ../nbs/02_features.ipynb #9bb8fece
 def _open_array(folder: Path, a: dict, mmap: bool):
     "Open one array of a store and compare it with the manifest"
     path = folder/a["file"]
@@ -389,7 +393,8 @@ def open_store(path,              # folder written by `pack`
     except (KeyError, TypeError) as e:
         raise InputError(f"is not a complete manifest ({e})", where=path/MANIFEST, fix="pack again with overwrite=True") from e
     if any(len(x) != len(ids) for x in arrays.values()):
-        raise InputError(f"{len(ids)} ids for arrays of {[len(x) for x in arrays.values()]} videos", where=path/MANIFEST, fix="pack again with overwrite=True")
+        raise InputError(f"{len(ids)} ids for arrays of {[len(x) for x in arrays.values()]} videos", where=path/MANIFEST,
+                         fix="pack again with overwrite=True")
     return Store(path, manifest, ids, **arrays)
 
 # %% ../nbs/02_features.ipynb #ec691808
@@ -476,15 +481,15 @@ def _write_chunk(work: Path, plan: _Plan, start: int, videos: list):
         f.write((" ".join(",".join(h[m] for _, h in videos) for m in plan.sets) + "\n").encode())
         f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/02_features.ipynb #8fc0067c
+# %% ../nbs/02_features.ipynb #e31290c3
 def _manifest(plan: _Plan, hashes: dict, files: dict) -> dict:
     "What a store says about itself; `hashes` of the source files, `files` holds name and SHA-256 of its own arrays"
     def digest(m): return hashlib.sha256("".join(hashes[m]).encode()).hexdigest()
     arrays = {m: {"shape": plan.shape(m), "dtype": plan.dtype, "source_folder": plan.sets[m].folder, "source_sha256": digest(m),
                   **files.get(m, {})} for m in plan.sets}
-    return to_plain({"kind": KIND, "format": 1, "version": getattr(avvp_nb, "__version__", "unknown"), "key": plan.key, "ids": plan.ids, "seconds": plan.seconds,
-                     "frames": plan.frames, "dtype": plan.dtype, "arrays": arrays, "dropped": plan.dropped,
-                     "source": layout_source(plan.layout)})
+    return to_plain({"kind": KIND, "format": 1, "version": getattr(avvp_nb, "__version__", "unknown"), "key": plan.key,
+                     "ids": plan.ids, "seconds": plan.seconds, "frames": plan.frames, "dtype": plan.dtype, "arrays": arrays,
+                     "dropped": plan.dropped, "source": layout_source(plan.layout)})
 
 def _publish(work: Path, out: Path):
     "Give the finished folder its final name; an old store makes room only when the new one is complete"
@@ -505,7 +510,8 @@ def _locked(out: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e: raise InputError("another process is packing", where=out, fix="wait for it, or choose another folder") from e
+        except BlockingIOError as e:
+            raise InputError("another process is packing", where=out, fix="wait for it, or choose another folder") from e
         try: yield
         finally:
             with suppress(OSError): path.unlink()
@@ -520,7 +526,7 @@ def _check_out(out: Path, key: str, overwrite: bool) -> bool:
     raise InputError("holds a different pack (other videos, type, frames or source files)", where=out, expected="a new folder",
                      fix="choose another folder, or pass overwrite=True")
 
-# %% ../nbs/02_features.ipynb #6e3ddcde
+# %% ../nbs/02_features.ipynb #d2a63278
 def pack(root,                       # folder of the features
          out,                        # folder of the store
          ids,                        # ids or full filenames, in the order of the store; or `Annotations`
@@ -535,8 +541,8 @@ def pack(root,                       # folder of the features
     "Read every feature file once into one store; continues where an interrupted call stopped"
     check_choice(dtype, ("float16", "float32"), "dtype"); check_choice(frames, ("pooled", "full"), "frames")
     check_choice(on_missing, ("error", "drop"), "on_missing")
-    plan = _plan(doctor(root, getattr(ids, "video_ids", ids), workers=workers, sets=sets, progress=progress), dtype, frames, on_missing, sets)
-    out = Path(out)
+    report = doctor(root, getattr(ids, "video_ids", ids), workers=workers, sets=sets, progress=progress)
+    plan, out = _plan(report, dtype, frames, on_missing, sets), Path(out)
     work, n = _work_folder(out), len(plan.ids)
     if _check_out(out, plan.key, overwrite): return open_store(out)
     with _writing(out), _locked(out):

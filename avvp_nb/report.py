@@ -9,14 +9,15 @@ __all__ = ['AVG', 'ROW', 'NAMES', 'NEEDED', 'GROUPS', 'SHORT', 'TEX', 'PAGE', 'S
            'run_name', 'auto_labels', 'check_repeats', 'group', 'check_comparable', 'provenance', 'Row', 'cell_text',
            'spans', 'columns_of', 'Table', 'table_of', 'blocks', 'shown_names', 'to_html', 'to_markdown', 'tex',
            'to_latex', 'to_csv', 'save_table', 'mean_sd', 'our_row', 'columns_for', 'simulated_note', 'runs_note',
-           'ours', 'printed_rows', 'printed', 'difference_row', 'floor_rows', 'pair_printed', 'compare', 'stack',
-           'rules_table', 'drawing', 'finish', 'drawn_text', 'save_figure', 'curve', 'plot_losses', 'plot_modulation',
-           'segments_of', 'strip_lanes', 'check_classes', 'class_name', 'strip_plot', 'one_score', 'pick_videos',
-           'class_colours', 'timeline_lanes', 'plot_timelines']
+           'ours', 'printed_rows', 'doubts', 'printed', 'difference_row', 'floor_rows', 'pair_printed', 'compare',
+           'stack', 'rules_table', 'drawing', 'finish', 'drawn_text', 'save_figure', 'curve', 'plot_losses',
+           'plot_modulation', 'segments_of', 'strip_lanes', 'check_classes', 'class_name', 'strip_plot', 'one_score',
+           'pick_videos', 'class_colours', 'timeline_lanes', 'plot_timelines']
 
-# %% ../nbs/21_report.ipynb #38c0ce22
+# %% ../nbs/21_report.ipynb #59e2e3cf
 import html
 import math
+import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ def variant_pairs(variant  # "gamma=0.1;msdu=1" or {"gamma": 0.1, "msdu": True}
     if not isinstance(variant, Mapping): return frozenset(p for p in str(variant).split(";") if p)
     return frozenset(f"{k}={v:g}" if isinstance(v, (bool, int, float)) else f"{k}={v}" for k, v in variant.items())
 
-# %% ../nbs/21_report.ipynb #ff328c50
+# %% ../nbs/21_report.ipynb #ade5e78c
 def _keep(lines, column, wanted):
     "The lines whose `column` is `wanted` (one value or a list), refusing values that do not occur"
     if wanted is None: return lines
@@ -61,7 +62,7 @@ def _keep(lines, column, wanted):
     return lines[lines[column].isin(wanted)]
 
 def reported_long(paper=None,      # "han", "ma", "dgm", "coleaf", or a list
-                  table=None,      # printed number, "VI" or 2; "text" for numbers given in running text; None: all tables
+                  table=None,      # printed number, "VI" or 2; "text" for numbers in running text; None: all tables
                   method=None,     # such as "han", "dgm+msdu", "dgm+msdu@han", or a list
                   dataset="llp",   # "llp", "unav100", "cremad", "ave"; None: all
                   variant=None,    # pairs that a row must contain; "": only rows without a variant
@@ -78,7 +79,7 @@ def reported_long(paper=None,      # "han", "ma", "dgm", "coleaf", or a list
     raise InputError(f"no printed row with {', '.join(sorted(pairs))}", where="variant",
                      expected=f"one of {', '.join(map(repr, sorted(lines['variant'].unique())))}")
 
-# %% ../nbs/21_report.ipynb #b60e4949
+# %% ../nbs/21_report.ipynb #c4ac8a6f
 ROW = ["paper", "table", "method", "variant"]  # what identifies a printed row
 
 def reported(paper=None,      # filters as in `reported_long`
@@ -90,7 +91,8 @@ def reported(paper=None,      # filters as in `reported_long`
     "Printed numbers laid out as in the papers"
     lines = reported_long(paper, table, method, dataset, variant)
     keys = lines[[*ROW, "level"]].drop_duplicates()
-    wide = lines.drop_duplicates([*ROW, "level", "metric"]).pivot(index=[*ROW, "level"], columns="metric", values="value")
+    wide = lines.drop_duplicates([*ROW, "level", "metric"]).pivot(index=[*ROW, "level"], columns="metric",
+                                                                  values="value")
     wide = wide.reindex(pd.MultiIndex.from_frame(keys), columns=in_order(wide.columns))
     wide.columns.name = None
     return wide
@@ -103,10 +105,13 @@ def reported_notes(paper=None, table=None, method=None, dataset="llp", variant=N
     parts = lines.assign(note=lines["note"].str.split("; ")).explode("note")
     return parts.loc[parts["note"].str.startswith(tuple(kinds)), [*ROW, "level", "metric", "value", "note"]]
 
-# %% ../nbs/21_report.ipynb #998a0a16
-NAMES = {"han": "HAN", "ma": "MA", "dgm": "DGM", "msdu": "MSDU", "jomold": "JoMoLD", "cmpae": "CMPAE", "coleaf": "CoLeaF",
-         "ave": "AVE", "avsdn": "AVSDN", "cvcms": "CVCMS", "dhhn": "DHHN", "mgn": "MGN", "valor": "VALOR", "ogm": "OGM", "psp": "PSP",
-         "stpn": "STPN", "cmcs": "CMCS", "talnet": "TALNet", "mm_pyramid": "MM-Pyramid", "coteaching": "Co-teaching", "jocor": "JoCoR",
+# %% ../nbs/21_report.ipynb #6ac0f27c
+NAMES = {"han": "HAN", "ma": "MA", "dgm": "DGM", "msdu": "MSDU", "jomold": "JoMoLD", "cmpae": "CMPAE",
+         "coleaf": "CoLeaF",
+         "ave": "AVE", "avsdn": "AVSDN", "cvcms": "CVCMS", "dhhn": "DHHN", "mgn": "MGN", "valor": "VALOR",
+         "ogm": "OGM", "psp": "PSP",
+         "stpn": "STPN", "cmcs": "CMCS", "talnet": "TALNet", "mm_pyramid": "MM-Pyramid", "coteaching": "Co-teaching",
+         "jocor": "JoCoR",
          "kong2018": "Kong 2018", "mmil": "MMIL", "mmil_base": "MMIL base", "gru": "GRU", "transformer": "transformer",
          "ma_wo_cl": "MA without contrast", "ma_cl_only": "MA, contrast only", "ma_baseline": "MA baseline",
          "jomold_wo_cl": "JoMoLD without contrast"}
@@ -114,18 +119,20 @@ NAMES = {"han": "HAN", "ma": "MA", "dgm": "DGM", "msdu": "MSDU", "jomold": "JoMo
 def method_name(method: str,       # id of `reported.csv`; `x@y` is x applied to y
                 variant: str = "") -> str:
     "A printable name: `dgm+msdu@han` becomes `DGM+MSDU on HAN`"
-    base = method if "@" in method or not method.startswith("dgm") else f"{method}@jomold"  # the DGM paper's own baseline
+    own = method.startswith("dgm") and "@" not in method
+    base = f"{method}@jomold" if own else method  # the DGM paper builds on JoMoLD
     name = " on ".join("+".join(NAMES.get(p, p) for p in part.split("+")) for part in base.split("@"))
     return f"{name} ({variant.replace(';', ', ')})" if variant else name
 
-# %% ../nbs/21_report.ipynb #412db5aa
+# %% ../nbs/21_report.ipynb #aaa2bb3c
 NEEDED = ("key", "spec", "data", "rule", "metrics", "history")
 
 def check_record(record: Mapping) -> Mapping:
     "Return the record, or raise an `InputError` that names what it lacks or contradicts"
     key = record.get("key", "run record")
     missing = [k for k in NEEDED if k not in record]
-    if missing: raise InputError(f"lacks {', '.join(missing)}", where=key, expected="a run record as `runs.run` writes it")
+    if missing: raise InputError(f"lacks {', '.join(missing)}", where=key,
+                                 expected="a run record as `runs.run` writes it")
     simulated, mark = record["data"].get("simulated"), record["data"].get("mark", "")
     if bool(simulated) == ("simulated" in mark): return record
     raise InputError(f"its data are{'' if simulated else ' not'} simulated, yet its mark is {mark!r}", where=key,
@@ -135,7 +142,8 @@ def check_record(record: Mapping) -> Mapping:
 def checked(records) -> list:
     "One record or several as a list without repeats (same key), each checked; an empty list is refused"
     records = [records] if isinstance(records, Mapping) else list(records)
-    if not records: raise InputError("no run records", where="records", expected="at least one", fix="run the notebook or `runs.run` first")
+    if not records: raise InputError("no run records", where="records", expected="at least one",
+                                     fix="run the notebook or `runs.run` first")
     return list({check_record(r)["key"]: r for r in records}.values())
 
 # %% ../nbs/21_report.ipynb #7b303eb1
@@ -209,24 +217,28 @@ def group(records,       # run records, or a dictionary of label to records
     for name, rs in groups.items(): check_repeats(name, rs)
     return groups
 
-# %% ../nbs/21_report.ipynb #05bbf7dd
+# %% ../nbs/21_report.ipynb #7d9f1bcc
 def check_comparable(records):
     "Refuse records of different scales or data in one table"
-    for what, values in (("scales", {scale_of(r) for r in records}), ("data", {r["data"]["mark"] or "real" for r in records})):
+    for what, values in (("scales", {scale_of(r) for r in records}),
+                         ("data", {r["data"]["mark"] or "real" for r in records})):
         if len(values) > 1:
-            raise InputError(f"different {what}: {', '.join(sorted(values))}", where="records", expected="one scale and one kind of data",
+            raise InputError(f"different {what}: {', '.join(sorted(values))}", where="records",
+                             expected="one scale and one kind of data",
                              fix="make a table for each, or pass mixed=True to show them side by side")
 
-# %% ../nbs/21_report.ipynb #d90279dd
+# %% ../nbs/21_report.ipynb #7306f5f6
 def provenance(records,     # run records behind a table or figure
                **params,    # anything else that decides what is shown: notebook, rule, chosen videos
                ) -> dict:
     "Where a table or figure comes from, ready for JSON"
     records = checked(records)
     unique = lambda f: sorted({f(r) for r in records})
-    return {"runs": [r["key"] for r in records], "seeds": unique(lambda r: r["spec"].get("seed", 0)), "scale": unique(scale_of),
+    return {"runs": [r["key"] for r in records], "seeds": unique(lambda r: r["spec"].get("seed", 0)),
+            "scale": unique(scale_of),
             "mark": mark_of(records), "simulated": any(r["data"]["simulated"] for r in records),
-            "commit": unique(lambda r: str(r.get("commit") or "unknown")), "notebook": params.pop("notebook", None), "parameters": params}
+            "commit": unique(lambda r: str(r.get("commit") or "unknown")), "notebook": params.pop("notebook", None),
+            "parameters": params}
 
 # %% ../nbs/21_report.ipynb #d692a79c
 @dataclass
@@ -268,7 +280,7 @@ def spans(columns) -> list:
         else: out.append([g, 1])
     return [(GROUPS.get(g, g), n) for g, n in out]
 
-# %% ../nbs/21_report.ipynb #2ada9dd8
+# %% ../nbs/21_report.ipynb #b6b2974a
 def columns_of(rows) -> list:
     "The column keys that occur in rows: scores in the standard order, other columns as they come"
     keys = list({k: None for r in rows for k in r.mean})
@@ -291,7 +303,8 @@ class Table:
 
     def _frame(self, f):
         index = pd.MultiIndex.from_tuples([(r.name, r.source) for r in self.rows], names=["row", "source"])
-        return pd.DataFrame([[f(r, k) for k in self.columns] for r in self.rows], index, pd.MultiIndex.from_tuples(self.columns))
+        return pd.DataFrame([[f(r, k) for k in self.columns] for r in self.rows], index,
+                            pd.MultiIndex.from_tuples(self.columns))
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -313,15 +326,21 @@ class Table:
         "The mark of the data behind the rows; empty when everything is real or printed"
         return "; ".join(sorted({r.info["mark"] for r in self.rows if r.info.get("mark")}))
 
-    def row(self, name, kind="ours") -> Row: return next(r for r in self.rows if (r.name, r.kind) == (name, kind))
+    def row(self, name, kind="ours") -> Row:
+        "The first row of that name and kind"
+        return next(r for r in self.rows if (r.name, r.kind) == (name, kind))
+
+    def to_latex(self, label: str = "") -> str:
+        "See `to_latex`"
+        return to_latex(self, label)
+
+    def to_html(self) -> str: "See `to_html`"; return to_html(self)
+    def to_markdown(self) -> str: "See `to_markdown`"; return to_markdown(self)
+    def to_csv(self) -> str: "See `to_csv`"; return to_csv(self)
+    def save(self, stem) -> list: "See `save_table`"; return save_table(self, stem)
     def __len__(self): return len(self.rows)
     def __repr__(self): return f"{self.caption}\n{self.text.to_string()}"
     def _repr_html_(self): return to_html(self)
-    def to_html(self) -> str: return to_html(self)
-    def to_markdown(self) -> str: return to_markdown(self)
-    def to_latex(self, label: str = "") -> str: return to_latex(self, label)
-    def to_csv(self) -> str: return to_csv(self)
-    def save(self, stem) -> list: return save_table(self, stem)
 
 # %% ../nbs/21_report.ipynb #30d44502
 def table_of(frame: pd.DataFrame,  # one row a line; index becomes the row name, columns the column names
@@ -337,9 +356,9 @@ def table_of(frame: pd.DataFrame,  # one row a line; index becomes the row name,
             for i, values in zip(frame.index, frame.astype(object).itertuples(index=False, name=None))]
     return Table(rows, caption, keys, provenance=prov)
 
-# %% ../nbs/21_report.ipynb #dccf39a4
+# %% ../nbs/21_report.ipynb #870c7a92
 def blocks(rows) -> list:
-    "For each row: is it separated from the one above? Blocks are rows of one name, or the floors; single rows of one kind stay together"
+    "Is a row separated from the one above? A block is a name, or the floors; single rows of a kind stay together"
     keys = [r.kind if r.kind == "floor" else r.name for r in rows]
     several = lambda i: keys.count(keys[i]) > 1 or rows[i].kind != rows[i-1].kind
     return [i > 0 and keys[i] != keys[i-1] and (several(i) or keys.count(keys[i-1]) > 1) for i in range(len(rows))]
@@ -350,42 +369,53 @@ def shown_names(rows) -> list:
 
 def _html_row(row, name, new, columns):
     edge = "border-top:1px solid currentColor;" if new else "border-top:0;"
-    style = f"{edge}background:transparent;" + {"ours": "font-weight:600;", "floor": "opacity:.65;", "difference": "font-style:italic;"}.get(row.kind, "")
+    style = f"{edge}background:transparent;" + {"ours": "font-weight:600;", "floor": "opacity:.65;",
+                                                "difference": "font-style:italic;"}.get(row.kind, "")
     runs = row.info.get("runs", [])
     tip = f' title="runs {html.escape(", ".join(runs))}"' if runs else ""
-    small = lambda x: html.escape(x).replace(" ± ", '<small style="opacity:.7"> ±\u2009') + ("</small>" if " ± " in x else "")
+    small = lambda x: re.sub(" ± (.*)", '<small style="opacity:.7"> ±\u2009\\1</small>', html.escape(x))
     td = lambda x, side: f'<td style="text-align:{side};padding:1px 5px;white-space:nowrap">{small(x)}</td>'
     cells = [td(name, "left"), td(row.source, "left"), *(td(cell_text(row, k), "right") for k in columns)]
     return f'<tr style="{style}"{tip}>{"".join(cells)}</tr>'
 
+def _html_notes(notes):
+    return "".join(f'<p style="font-size:11px;margin:2px 0;opacity:.8">{html.escape(n)}</p>' for n in notes)
+
 def to_html(table: Table) -> str:
     "The table as an HTML fragment"
-    th = lambda x, n, side: (f'<th colspan="{n}" style="text-align:{side};vertical-align:bottom;padding:1px 5px;font-weight:600">'
-                             f'{html.escape(x).replace("@", "<br>@")}</th>')
-    top = '<tr style="background:transparent">' + th("", 2, "left") + "".join(th(g, n, "center") for g, n in spans(table.columns)) + "</tr>"
-    head = '<tr style="background:transparent;border-bottom:1px solid currentColor">' + th("", 1, "left") + th("", 1, "left") + \
-        "".join(th(m, 1, "right") for _, m in table.columns) + "</tr>"
-    body = "\n".join(_html_row(r, n, new, table.columns) for r, n, new in zip(table.rows, shown_names(table.rows), blocks(table.rows)))
-    notes = "".join(f'<p style="font-size:11px;margin:2px 0;opacity:.8">{html.escape(n)}</p>' for n in table.notes)
-    return ('<div style="overflow-x:auto"><table style="border-collapse:collapse;font-size:12px;font-variant-numeric:tabular-nums;'
-            f'border-bottom:1px solid currentColor">\n<caption style="text-align:left;caption-side:top;font-weight:600;color:inherit">'
-            f"{html.escape(table.caption)}</caption>\n<thead>{top}\n{head}</thead>\n<tbody>\n{body}\n</tbody></table>{notes}</div>")
+    cell = 'style="text-align:{};vertical-align:bottom;padding:1px 5px;font-weight:600"'
+    th = lambda x, n, side: f'<th colspan="{n}" {cell.format(side)}>{html.escape(x).replace("@", "<br>@")}</th>'
+    top = "".join([th("", 2, "left"), *(th(g, n, "center") for g, n in spans(table.columns))])
+    head = "".join([th("", 1, "left")]*2 + [th(m, 1, "right") for _, m in table.columns])
+    lines = zip(table.rows, shown_names(table.rows), blocks(table.rows))
+    body = "\n".join(_html_row(r, name, new, table.columns) for r, name, new in lines)
+    look = "border-collapse:collapse;font-size:12px;font-variant-numeric:tabular-nums;border-bottom:1px solid currentColor"
+    return (f'<div style="overflow-x:auto"><table style="{look}">\n'
+            f'<caption style="text-align:left;caption-side:top;font-weight:600;color:inherit">{html.escape(table.caption)}</caption>\n'
+            f'<thead><tr style="background:transparent">{top}</tr>\n'
+            f'<tr style="background:transparent;border-bottom:1px solid currentColor">{head}</tr></thead>\n'
+            f"<tbody>\n{body}\n</tbody></table>{_html_notes(table.notes)}</div>")
 
-# %% ../nbs/21_report.ipynb #0c5e8ab9
+# %% ../nbs/21_report.ipynb #4179a05e
 SHORT = {"segment": "seg.", "event": "ev.", "segment+event": "", "": ""}
 
 def to_markdown(table: Table) -> str:
     "The table in GitHub's Markdown, caption above and notes below"
     heads = [f"{SHORT.get(g, g)} {m}".strip() for g, m in table.columns]
     line = lambda cells: "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
-    rows = [line([n, r.source, *(cell_text(r, k) for k in table.columns)]) for r, n in zip(table.rows, shown_names(table.rows))]
+    lines = zip(table.rows, shown_names(table.rows))
+    rows = [line([name, r.source, *(cell_text(r, k) for k in table.columns)]) for r, name in lines]
     rule = "|---|---|" + "---:|"*len(heads)
-    return "\n".join([f"**{table.caption}**", "", line(["", "", *heads]), rule, *rows, "", *(f"{n}\n" for n in table.notes)]).rstrip() + "\n"
+    return "\n".join([f"**{table.caption}**", "", line(["", "", *heads]), rule, *rows, "",
+                      *(f"{n}\n" for n in table.notes)]).rstrip() + "\n"
 
-# %% ../nbs/21_report.ipynb #4622b5b7
-TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "$": r"\$", "~": r"\textasciitilde{}",
-       "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"$^\dagger$", "γ": r"$\gamma$", "ω": r"$\omega$", "μ": r"$\mu$",
-       "τ": r"$\tau$", "×": r"$\times$", "≥": r"$\ge$", "≤": r"$\le$", "→": r"$\to$", "<": r"\textless{}", ">": r"\textgreater{}"}
+# %% ../nbs/21_report.ipynb #162ae3c2
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "$": r"\$",
+       "~": r"\textasciitilde{}",
+       "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"$^\dagger$", "γ": r"$\gamma$",
+       "ω": r"$\omega$", "μ": r"$\mu$",
+       "τ": r"$\tau$", "×": r"$\times$", "≥": r"$\ge$", "≤": r"$\le$", "→": r"$\to$", "<": r"\textless{}",
+       ">": r"\textgreater{}"}
 
 def tex(text: str) -> str:
     "Escape text for LaTeX"
@@ -397,7 +427,8 @@ def _tex_head(columns):
         groups.append(rf"\multicolumn{{{n}}}{{c}}{{{tex(g)}}}")
         if g: rules.append(rf"\cmidrule(lr){{{at}-{at+n-1}}}")
         at += n
-    return [" & ".join(["", "", *groups]) + r" \\", "".join(rules), " & ".join(["", "", *(tex(m) for _, m in columns)]) + r" \\"]
+    return [" & ".join(["", "", *groups]) + r" \\", "".join(rules),
+            " & ".join(["", "", *(tex(m) for _, m in columns)]) + r" \\"]
 
 def to_latex(table: Table, label: str = "") -> str:
     "The table as a LaTeX float that needs the package booktabs only"
@@ -406,12 +437,15 @@ def to_latex(table: Table, label: str = "") -> str:
         if new: rows.append(r"\midrule")
         rows.append(" & ".join([tex(n), tex(r.source), *(tex(cell_text(r, k)) for k in table.columns)]) + r" \\")
     notes = [rf"\par\smallskip\raggedright\footnotesize {tex(n)}" for n in table.notes]
-    lines = [r"\begin{table}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{tex(table.caption)}}}",
-             *([rf"\label{{{label}}}"] if label else []), rf"\begin{{tabular}}{{ll{'r'*len(table.columns)}}}", r"\toprule",
-             *filter(None, _tex_head(table.columns)), r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]
+    lines = [r"\begin{table}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+             rf"\caption{{{tex(table.caption)}}}",
+             *([rf"\label{{{label}}}"] if label else []), rf"\begin{{tabular}}{{ll{'r'*len(table.columns)}}}",
+             r"\toprule",
+             *filter(None, _tex_head(table.columns)), r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", *notes,
+             r"\end{table}"]
     return "\n".join(lines) + "\n"
 
-# %% ../nbs/21_report.ipynb #48c41a6c
+# %% ../nbs/21_report.ipynb #f09fe4de
 def to_csv(table: Table) -> str:
     "The table as CSV: unrounded means and standard deviations, then seeds, runs, rule, scale and mark"
     name = lambda k: " ".join(filter(None, k))
@@ -419,12 +453,14 @@ def to_csv(table: Table) -> str:
     out = []
     for r in table.rows:
         line = {"row": r.name, "source": r.source, "kind": r.kind}
-        for k in table.columns: line |= {name(k): r.mean.get(k)} | ({f"{name(k)} sd": r.sd.get(k)} if k in with_sd else {})
+        for k in table.columns:
+            line[name(k)] = r.mean.get(k)
+            if k in with_sd: line[f"{name(k)} sd"] = r.sd.get(k)
         out.append(line | {"seeds": r.info.get("seeds"), "runs": " ".join(r.info.get("runs", [])),
                            **{c: r.info.get(c) for c in ("rule", "scale", "mark")}})
     return pd.DataFrame(out).to_csv(index=False, lineterminator="\n")
 
-# %% ../nbs/21_report.ipynb #7c4cf19c
+# %% ../nbs/21_report.ipynb #ecfca2bf
 PAGE = '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{}</title><style>:root{{color-scheme:light dark}}' \
        'body{{font-family:sans-serif;margin:1.5em}}</style></head><body>\n{}\n</body></html>\n'
 
@@ -442,10 +478,11 @@ def save_table(table: Table,
 def _save_provenance(stem, paths, prov, caption, mark):
     "Write the JSON that belongs to the files of a table or figure"
     path = Path(f"{stem}.json")
-    write_json({**prov, "mark": mark, "simulated": "simulated" in mark, "caption": caption, "files": {p.name: file_hash(p) for p in paths}}, path)
+    write_json({**prov, "mark": mark, "simulated": "simulated" in mark, "caption": caption,
+                "files": {p.name: file_hash(p) for p in paths}}, path)
     return path
 
-# %% ../nbs/21_report.ipynb #98c4643b
+# %% ../nbs/21_report.ipynb #bdb62ea2
 def mean_sd(cells: list  # one dictionary (level, metric) -> number per seed
             ) -> tuple:  # two dictionaries: mean, and sample standard deviation (empty for one seed)
     "Mean and standard deviation over seeds of every cell that all seeds have"
@@ -458,10 +495,11 @@ def our_row(name, records, rule=None) -> Row:
     mean, sd = mean_sd([scores(r, rule) for r in records])
     mark, n = mark_of(records), len(records)
     source = f"ours, {'simulated, ' if mark else ''}{scale_of(records[0])}, {n} seed{'s'*(n > 1)}"
-    info = {"seeds": n, "runs": [r["key"] for r in records], "rule": rule or records[0]["rule"], "scale": scale_of(records[0]), "mark": mark}
+    info = {"seeds": n, "runs": [r["key"] for r in records], "rule": rule or records[0]["rule"],
+            "scale": scale_of(records[0]), "mark": mark}
     return Row(name, source, "ours", mean, sd, info=info)
 
-# %% ../nbs/21_report.ipynb #df8ef449
+# %% ../nbs/21_report.ipynb #79e0d77b
 def columns_for(*metrics,  # metric names
                 average=True) -> list:
     "Column keys: the metrics at both levels, then the mean of ten"
@@ -470,7 +508,8 @@ def columns_for(*metrics,  # metric names
 SIMULATED = ("Rows marked simulated were measured on simulated features ({}), printed rows on the real ones. "
              "A difference between the two says nothing about LLP.")
 
-NO_MODEL = "No model: 'nothing' predicts nothing; predictors named after labels are given those of the test videos, which no model sees."
+NO_MODEL = ("No model: 'nothing' predicts nothing; predictors named after labels are given those of the test videos, "
+            "which no model sees.")
 
 def simulated_note(mark: str, beside_printed: bool) -> list:
     "The sentence that a table with simulated rows has to carry"
@@ -480,7 +519,8 @@ def simulated_note(mark: str, beside_printed: bool) -> list:
 def runs_note(rows) -> list:
     "One sentence that lists the runs behind each of our rows"
     ours = [r for r in rows if r.kind == "ours"]
-    return ["Runs: " + "; ".join(f"{r.name}: {', '.join(r.info['runs'])} (rule {r.info['rule']})" for r in ours) + "."] if ours else []
+    one = lambda r: f"{r.name}: {', '.join(r.info['runs'])} (rule {r.info['rule']})"
+    return [f"Runs: {'; '.join(map(one, ours))}."] if ours else []
 
 def ours(records,          # run records, or a dictionary of label to records
          rule=None,        # decision rule; None: each record's own
@@ -494,16 +534,18 @@ def ours(records,          # run records, or a dictionary of label to records
     every = [r for rs in groups.values() for r in rs]
     if not mixed: check_comparable(every)
     rows = [our_row(name, rs, rule) for name, rs in groups.items()]
-    return Table(rows, caption or "Our runs, F-scores in %, mean ± standard deviation over seeds", columns_for(*metrics), simulated_note(mark_of(every), False) + runs_note(rows),
+    return Table(rows, caption or "Our runs, F-scores in %, mean ± standard deviation over seeds",
+                 columns_for(*metrics), simulated_note(mark_of(every), False) + runs_note(rows),
                  provenance(every, rule=rule, **params))
 
-# %% ../nbs/21_report.ipynb #aebdd5a8
+# %% ../nbs/21_report.ipynb #873ab93e
 def printed_rows(frame: pd.DataFrame,  # what `reported` returned, possibly several printed rows
                  name=None,            # row name; None: from the method
                  ) -> list:            # of `Row`
     "Printed numbers as rows of a table; doubtful ones are flagged"
     if list(frame.index.names) != [*ROW, "level"]:
-        raise InputError(f"its index is {list(frame.index.names)}", where="reported_rows", expected="a frame as `reported` returns it")
+        raise InputError(f"its index is {list(frame.index.names)}", where="reported_rows",
+                         expected="a frame as `reported` returns it")
     rows = []
     for key, part in frame.groupby(level=ROW, sort=False):
         part = part.droplevel(ROW)
@@ -511,10 +553,17 @@ def printed_rows(frame: pd.DataFrame,  # what `reported` returned, possibly seve
         notes = reported_notes(*key[:3], dataset=None, kinds=("suspect", "recovered"))
         notes = notes[notes["variant"] == key[3]]
         source = f"printed, {NAMES[key[0]]} Table {key[1]}"
-        remarks = [f"{method_name(key[2])} ({source}), {l} {m}: {n.replace(':', ': ', 1)}." for l, m, n in notes[["level", "metric", "note"]].itertuples(index=False)]
-        info = {"keys": list(zip(notes["level"], notes["metric"])), "notes": remarks}
-        rows.append(Row(name or method_name(key[2], key[3]), source, "printed", mean, flags=frozenset(info["keys"]), info=info))
+        keys = list(zip(notes["level"], notes["metric"]))
+        remarks = [f"{method_name(key[2])} ({source}), {l} {m}: {n.replace(':', ': ', 1)}."
+                   for (l, m), n in zip(keys, notes["note"])]
+        info = {"keys": keys, "notes": remarks}
+        rows.append(Row(name or method_name(key[2], key[3]), source, "printed", mean, flags=frozenset(info["keys"]),
+                        info=info))
     return rows
+
+def doubts(row: Row, columns) -> list:
+    "The remarks on those doubtful numbers of a printed row that are shown"
+    return [f"† {n}" for k, n in zip(row.info["keys"], row.info["notes"]) if k in columns]
 
 def printed(frame: pd.DataFrame,  # what `reported` returned
             caption: str = "",
@@ -523,16 +572,17 @@ def printed(frame: pd.DataFrame,  # what `reported` returned
     "Printed numbers alone, as a table"
     rows = printed_rows(frame)
     found = {k for r in rows for k in r.mean if k[0] in (*levels, AVG[0]) and (metrics is None or k[1] in metrics)}
-    notes = [f"† {n}" for r in rows for k, n in zip(r.info["keys"], r.info["notes"]) if k in found]
+    notes = [n for r in rows for n in doubts(r, found)]
     return Table(rows, caption or "Printed numbers, F-scores in %", [k for k in columns_of(rows) if k in found], notes)
 
 def difference_row(own: Row, printed: Row) -> Row:
     "Ours minus printed, cell by cell"
     mean = {k: own.mean[k] - printed.mean[k] for k in own.mean if k in printed.mean}
     sim = ", simulated" if own.info.get("mark") else ""
-    return Row(own.name, f"ours − printed{sim}", "difference", mean, info={"mark": own.info.get("mark", ""), "runs": own.info.get("runs", [])})
+    return Row(own.name, f"ours − printed{sim}", "difference", mean,
+               info={"mark": own.info.get("mark", ""), "runs": own.info.get("runs", [])})
 
-# %% ../nbs/21_report.ipynb #fddea384
+# %% ../nbs/21_report.ipynb #3665ef7b
 def floor_rows(records,         # run records
                tolerance=0.01,  # points by which the floors of two records may differ
                ) -> list:       # of `Row`, from the lowest to the highest
@@ -543,13 +593,14 @@ def floor_rows(records,         # run records
             cells = with_average({(l, m): float(v) for l in LEVELS for m, v in levels.get(l, {}).items()})
             first = seen.setdefault(name, cells)
             if any(abs(first[k] - cells[k]) > tolerance for k in first if k in cells):
-                raise InputError(f"floor '{name}' differs from that of another run", where=r["key"], expected="runs tested on the same videos")
+                raise InputError(f"floor '{name}' differs from that of another run", where=r["key"],
+                                 expected="runs tested on the same videos")
     mark = mark_of(records)
     source = f"no model, {'simulated, ' if mark else ''}{scale_of(records[0])}"
     rows = [Row(name, source, "floor", cells, info={"mark": mark}) for name, cells in seen.items()]
     return sorted(rows, key=lambda r: (r.name != "nothing", r.mean.get(AVG, np.mean(list(r.mean.values())))))
 
-# %% ../nbs/21_report.ipynb #d21da69d
+# %% ../nbs/21_report.ipynb #32e15528
 def pair_printed(names: list,     # our labels
                  reported_rows,   # frame, dictionary of label to frame, or None
                  ) -> dict:       # label to printed rows
@@ -583,33 +634,36 @@ def compare(records,               # run records, or a dictionary of label to re
         for p in pairs.get(r.name, []): rows += [p, difference_row(r, p)]
     rows += [p for name, ps in pairs.items() if name not in names for p in ps]
     by_data = {}
-    for r in (r for rs in group(records, label).values() for r in rs): by_data.setdefault((scale_of(r), r["data"]["mark"]), []).append(r)
+    for r in (r for rs in group(records, label).values() for r in rs):
+        by_data.setdefault((scale_of(r), r["data"]["mark"]), []).append(r)
     without_model = [f for rs in by_data.values() for f in floor_rows(rs)] if floors else []
     rows += without_model
     known = {m for ps in pairs.values() for p in ps for _, m in p.mean if m in METRICS}
     notes = simulated_note(own.mark, bool(pairs)) + ([NO_MODEL] if without_model else []) + runs_note(own.rows)
     columns = columns_for(*(metrics or {*STANDARD, *known}))
-    notes += [f"† {n}" for ps in pairs.values() for p in ps for k, n in zip(p.info["keys"], p.info["notes"]) if k in columns]
+    for p in (p for ps in pairs.values() for p in ps): notes += doubts(p, columns)
     return Table(rows, caption or "F-scores in %, mean ± standard deviation over seeds", columns, notes, own.provenance)
 
-# %% ../nbs/21_report.ipynb #958a4d31
+# %% ../nbs/21_report.ipynb #5e8eca05
 def stack(tables,            # of `Table`
           caption: str = "",
           ) -> Table:
     "Several tables below each other; rows that occur twice (floors, printed rows) are kept once, floors last"
     tables = list(tables)
     if not tables: raise InputError("no tables", where="stack", expected="at least one")
-    rows = list({(r.name, r.source, r.kind, content_hash([str(r.mean), r.info.get("runs")])): r for t in tables for r in t.rows}.values())
+    identity = lambda r: (r.name, r.source, r.kind, content_hash([str(r.mean), r.info.get("runs")]))
+    rows = list({identity(r): r for t in tables for r in t.rows}.values())
     rows.sort(key=lambda r: r.kind == "floor")  # stable: everything else keeps its order
     columns = list({c: None for t in tables for c in t.columns})
     parts = [t.provenance for t in tables]
-    prov = {k: sorted({str(x) if k == "commit" else x for p in parts for x in p.get(k, [])}) for k in ("runs", "seeds", "scale", "commit")}
+    prov = {k: sorted({x for p in parts for x in p.get(k, [])}) for k in ("runs", "seeds", "scale", "commit")}
     mark = "; ".join(sorted({t.mark for t in tables} - {""}))
     prov |= {"mark": mark, "simulated": bool(mark), "parts": [p.get("parameters", {}) for p in parts],
              "notebook": next((p["notebook"] for p in parts if p.get("notebook")), None)}
-    return Table(rows, caption or tables[0].caption, columns, list(dict.fromkeys(n for t in tables for n in t.notes)), prov)
+    return Table(rows, caption or tables[0].caption, columns, list(dict.fromkeys(n for t in tables for n in t.notes)),
+                 prov)
 
-# %% ../nbs/21_report.ipynb #b8a193b8
+# %% ../nbs/21_report.ipynb #51f8e977
 def rules_table(records,        # one record, or the seeds of one experiment
                 caption: str = "",
                 metrics=METRICS) -> Table:
@@ -621,12 +675,16 @@ def rules_table(records,        # one record, or the seeds of one experiment
         row = our_row(rule + (" (own)" if rule == records[0]["rule"] else ""), records, rule)
         rows.append(row)
     notes = simulated_note(mark_of(records), False)
-    return Table(rows, caption or "The same probabilities under every decision rule, F-scores in %", columns_for(*metrics),
-                 notes + [f"Runs: {', '.join(r['key'] for r in records)}."], provenance(records, rules=list(records[0]["metrics"])))
+    return Table(rows, caption or "The same probabilities under every decision rule, F-scores in %",
+                 columns_for(*metrics),
+                 notes + [f"Runs: {', '.join(r['key'] for r in records)}."],
+                 provenance(records, rules=list(records[0]["metrics"])))
 
-# %% ../nbs/21_report.ipynb #8679077b
-STYLE = {"font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9,
-         "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.25, "lines.linewidth": 2,
+# %% ../nbs/21_report.ipynb #df13c675
+STYLE = {"font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.labelsize": 10,
+         "legend.fontsize": 9, "xtick.labelsize": 9,
+         "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "axes.axisbelow": True, "grid.alpha": 0.25, "lines.linewidth": 2,
          "legend.frameon": False, "figure.facecolor": "white", "svg.hashsalt": "avvp_nb", "svg.fonttype": "path"}
 
 @contextmanager
@@ -649,7 +707,7 @@ def drawn_text(fig) -> str:
     import matplotlib.text
     return "\n".join(t.get_text() for t in fig.findobj(matplotlib.text.Text))
 
-# %% ../nbs/21_report.ipynb #9f3b7e43
+# %% ../nbs/21_report.ipynb #8d116497
 def save_figure(fig,
                 stem,               # path without suffix
                 provenance: dict,   # from `provenance`
@@ -659,16 +717,18 @@ def save_figure(fig,
     "Write .svg, .png and the provenance .json atomically; `InputError` when the mark is not printed on the figure"
     mark, alt = provenance.get("mark", ""), alt or fig.get_label()
     if (mark or provenance.get("simulated")) and "simulated" not in drawn_text(fig):
-        raise InputError("shows simulated data but does not say so", where=stem, expected="the word 'simulated' on the figure",
+        raise InputError("shows simulated data but does not say so", where=stem,
+                         expected="the word 'simulated' on the figure",
                          fix="draw it with a plot function of avvp_nb.report, or pass the mark to `finish`")
     paths = [Path(f"{stem}{s}") for s in (".svg", ".png")]
-    metadata = [{"Date": None, "Creator": None, "Title": Path(stem).name, "Description": alt}, {"Software": None, "Description": alt}]
+    metadata = [{"Date": None, "Creator": None, "Title": Path(stem).name, "Description": alt},
+                {"Software": None, "Description": alt}]
     with drawing():
         for path, meta in zip(paths, metadata):
             with atomic_write(path, "wb") as f: fig.savefig(f, format=path.suffix[1:], dpi=dpi, metadata=meta)
     return paths + [_save_provenance(stem, paths, provenance, alt, mark)]
 
-# %% ../nbs/21_report.ipynb #1f985e4e
+# %% ../nbs/21_report.ipynb #364de8cd
 def curve(records,  # the seeds of one experiment
           part,     # "loss" or "dgm"
           name,     # such as "audio" or "omega"
@@ -678,18 +738,21 @@ def curve(records,  # the seeds of one experiment
     for r in records:
         block = [h.get(part) or {} for h in r["history"]]
         if not block or any(name not in b for b in block):
-            raise InputError(f"its history has no {part} '{name}'", where=r["key"], expected=f"a record with {part}: {name} for each epoch",
+            raise InputError(f"its history has no {part} '{name}'", where=r["key"],
+                             expected=f"a record with {part}: {name} for each epoch",
                              fix=f"it has {', '.join(sorted(set().union(*block))) or 'nothing'} there")
         rows.append([float(b[name]) for b in block])
     if len({len(x) for x in rows}) > 1:
-        raise InputError("runs of different length", where=", ".join(r["key"] for r in records), expected="the same number of epochs")
+        raise InputError("runs of different length", where=", ".join(r["key"] for r in records),
+                         expected="the same number of epochs")
     return np.array(rows)
 
 def _band(ax, values, **style):
     "Mean over seeds as a line, one standard deviation as a band"
     x, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
     line, = ax.plot(x, mean, marker="o" if len(x) == 1 else None, **style)
-    if len(values) > 1: ax.fill_between(x, mean - values.std(0, ddof=1), mean + values.std(0, ddof=1), color=line.get_color(), alpha=0.15, lw=0)
+    if len(values) > 1: ax.fill_between(x, mean - values.std(0, ddof=1), mean + values.std(0, ddof=1),
+                                        color=line.get_color(), alpha=0.15, lw=0)
 
 def _epochs(ax, n):
     "Whole numbers on an axis of `n` epochs"
@@ -700,9 +763,10 @@ def _epochs(ax, n):
 def _legend(fig, entries):
     "One legend above all panels, where it cannot cover a curve: name to line style"
     from matplotlib.lines import Line2D
-    fig.legend([Line2D([], [], **style) for style in entries.values()], list(entries), loc="outside upper center", ncols=len(entries))
+    fig.legend([Line2D([], [], **style) for style in entries.values()], list(entries), loc="outside upper center",
+               ncols=len(entries))
 
-# %% ../nbs/21_report.ipynb #5392ad56
+# %% ../nbs/21_report.ipynb #b9d0f6cd
 def plot_losses(records_without,  # baseline: one record or its seeds
                 records_with,     # the same model with modulation
                 names=("without DGM", "with DGM"),
@@ -717,7 +781,8 @@ def plot_losses(records_without,  # baseline: one record or its seeds
             _band(left, values, color=PALETTE[m], ls=("--", "-")[i])
         for i in (0, 1):
             _band(right, gap[i], color=PALETTE["truth"], ls=("--", "-")[i])
-        left.set(title="Training loss", ylabel="binary cross-entropy"); right.set(title="Gap between modalities", ylabel="|audio − visual|")
+        left.set(title="Training loss", ylabel="binary cross-entropy")
+        right.set(title="Gap between modalities", ylabel="|audio − visual|")
         right.set_ylim(bottom=0)
         for ax in (left, right): _epochs(ax, gap[0].shape[1])
         _legend(fig, {"audio": {"color": PALETTE["audio"]}, "visual": {"color": PALETTE["visual"]},
@@ -727,13 +792,14 @@ def plot_losses(records_without,  # baseline: one record or its seeds
             f"{names[i]}: audio {end(loss[i, 'audio'])}, visual {end(loss[i, 'visual'])}, gap {end(gap[i])}" for i in (0, 1)) + "."
         return finish(fig, mark_of(pair[0] + pair[1]), alt)
 
-# %% ../nbs/21_report.ipynb #10b2c039
+# %% ../nbs/21_report.ipynb #b1050e5c
 def plot_modulation(records):  # one modulated run, or its seeds
     "Imbalance, coefficients and share of damped batches per epoch"
     records = checked(records)
     get = lambda name: curve(records, "dgm", name)
     two = {m: PALETTE[m] for m in ("audio", "visual")}
-    panels = [("Imbalance ω (visual / audio)", {"omega": PALETTE["av"]}), ("Mean coefficient μ", {f"mu_{m}": k for m, k in two.items()}),
+    panels = [("Imbalance ω (visual / audio)", {"omega": PALETTE["av"]}),
+              ("Mean coefficient μ", {f"mu_{m}": k for m, k in two.items()}),
               ("Share of batches damped", {f"damped_{m}": k for m, k in two.items()})]
     with drawing() as plt:
         fig, axes = plt.subplots(1, 3, figsize=(8.4, 3), layout="constrained")
@@ -741,7 +807,8 @@ def plot_modulation(records):  # one modulated run, or its seeds
             for name, color in lines.items(): _band(ax, get(name), color=color)
             ax.set_title(title); _epochs(ax, get("omega").shape[1])
         axes[0].axhline(1, color=PALETTE["grey"], lw=1, ls=":")
-        axes[0].annotate("balance", (1, 1), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#666666")
+        axes[0].annotate("balance", (1, 1), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
+                         ha="right", va="bottom", fontsize=8.5, color="#666666")
         axes[2].set_ylim(-0.03, 1.03)
         _legend(fig, {m: {"color": k} for m, k in two.items()})
         first, last = get("omega").mean(0)[[0, -1]]
@@ -750,7 +817,7 @@ def plot_modulation(records):  # one modulated run, or its seeds
                f"audio is damped in {share['audio']:.0f} % and visual in {share['visual']:.0f} % of all batches.")
         return finish(fig, mark_of(records), alt)
 
-# %% ../nbs/21_report.ipynb #f59753ac
+# %% ../nbs/21_report.ipynb #86f0d3ab
 def segments_of(row) -> list:  # (start, length) in seconds
     "Maximal runs of ones in a row of T zeros and ones"
     edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(row, dtype=int) != 0, [0]]).astype(int)))
@@ -762,16 +829,18 @@ def strip_lanes(audio,    # (T, C) 0/1
     "The three lanes of a strip"
     audio, visual = (np.asarray(x) != 0 for x in (audio, visual))
     if audio.ndim != 2 or audio.shape != visual.shape:
-        raise InputError(f"shapes {audio.shape} and {visual.shape}", where="strip", expected="two arrays (T, C) of one video")
+        raise InputError(f"shapes {audio.shape} and {visual.shape}", where="strip",
+                         expected="two arrays (T, C) of one video")
     return {"heard": audio, "seen": visual, "both": audio & visual}
 
-# %% ../nbs/21_report.ipynb #6fb3bdc0
+# %% ../nbs/21_report.ipynb #8dfa0352
 LANE = {"heard": PALETTE["audio"], "seen": PALETTE["visual"], "both": PALETTE["av"]}
 
 def check_classes(x, classes) -> tuple:
     "The last two sizes (T, C) of an array, which has to have as many classes as there are names"
     if x.shape[-1] == len(classes): return x.shape[-2:]
-    raise InputError(f"{len(classes)} names for {x.shape[-1]} classes", where="classes", expected="one name for each class")
+    raise InputError(f"{len(classes)} names for {x.shape[-1]} classes", where="classes",
+                     expected="one name for each class")
 
 def class_name(name: str) -> str:
     "A class name for a figure: `Frying_(food)` becomes `Frying (food)`"
@@ -788,21 +857,25 @@ def strip_plot(audio,              # (T, C) annotation
     true = strip_lanes(audio, visual)
     pred = None if pred_audio is None else strip_lanes(pred_audio, pred_visual)
     T, C = check_classes(true["heard"], classes)
-    lanes = [(c, k) for c in range(C) for k in LANE if any(x[j][:, c].any() for x in (true, pred or true) for j in LANE)]
+    active = np.any([x[k].any(0) for x in (true, pred or true) for k in LANE], axis=0)  # (C,)
+    lanes = [(c, k) for c in range(C) if active[c] for k in LANE]
     if not lanes: raise InputError("nothing is annotated or predicted", where="strip")
     with drawing() as plt:
         fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.28*len(lanes)), layout="constrained")
         for y, (c, k) in enumerate(lanes):
-            ax.broken_barh(segments_of(true[k][:, c]), (y - 0.4, 0.8), facecolor=LANE[k], alpha=1 if pred is None else 0.28, lw=0)
+            ax.broken_barh(segments_of(true[k][:, c]), (y - 0.4, 0.8), facecolor=LANE[k],
+                           alpha=1 if pred is None else 0.28, lw=0)
             if pred: ax.broken_barh(segments_of(pred[k][:, c]), (y - 0.19, 0.38), facecolor=LANE[k], lw=0)
         for y in range(3, len(lanes), 3): ax.axhline(y - 0.5, color=PALETTE["grey"], lw=0.8)
         ax.set(xlim=(0, T), ylim=(len(lanes) - 0.4, -0.6), xticks=range(T + 1), xlabel="second", title=title)
         ax.set_yticks(range(len(lanes)), [f"{class_name(classes[c])}, {k}" if k == "heard" else k for c, k in lanes])
         ax.grid(axis="y", visible=False)
-        alt = "; ".join(f"{class_name(classes[c])} {k} {', '.join(f'{a}–{a+n}' for a, n in segments_of(true[k][:, c])) or 'never'}" for c, k in lanes)
-        return finish(fig, mark, f"Strip of {T} seconds. {alt}." + (" Predictions are drawn inside the annotations." if pred else ""))
+        when = lambda row: ", ".join(f"{a}–{a+n}" for a, n in segments_of(row)) or "never"
+        alt = "; ".join(f"{class_name(classes[c])} {k} {when(true[k][:, c])}" for c, k in lanes)
+        return finish(fig, mark,
+                      f"Strip of {T} seconds. {alt}." + (" Predictions are drawn inside the annotations." if pred else ""))
 
-# %% ../nbs/21_report.ipynb #7b87c2d7
+# %% ../nbs/21_report.ipynb #eaa59e58
 def one_score(scores,   # (N,) numbers, or the frame of `metrics.evaluate_videos`
               column=("segment", "Type@AV")) -> np.ndarray:  # (N,)
     "One score per video; of a frame, one column"
@@ -817,28 +890,32 @@ def pick_videos(before,                     # (N,) score of each video by the ba
     before, after = one_score(before), one_score(after)
     ids = np.arange(len(before)).astype(str) if ids is None else np.asarray(ids)
     if not len(before) == len(after) == len(ids):
-        raise InputError(f"{len(before)}, {len(after)} scores and {len(ids)} ids", where="pick_videos", expected="the same number of videos")
+        raise InputError(f"{len(before)}, {len(after)} scores and {len(ids)} ids", where="pick_videos",
+                         expected="the same number of videos")
     change = after - before
     pool = np.flatnonzero(np.abs(change) > 1e-9)
     if len(pool) < len(quantiles): pool = np.arange(len(change))
-    if len(pool) < len(quantiles): raise InputError(f"{len(pool)} videos", where="pick_videos", expected=f"at least {len(quantiles)}")
+    if len(pool) < len(quantiles): raise InputError(f"{len(pool)} videos", where="pick_videos",
+                                                    expected=f"at least {len(quantiles)}")
     order = pool[np.lexsort((ids[pool], change[pool]))]  # by change, ties by name
     at = [int(round(q*(len(order) - 1))) for q in quantiles]
     i = order[at]
-    return pd.DataFrame({"index": i, "id": ids[i], "before": before[i], "after": after[i], "difference": change[i], "quantile": quantiles})
+    return pd.DataFrame({"index": i, "id": ids[i], "before": before[i], "after": after[i], "difference": change[i],
+                         "quantile": quantiles})
 
-# %% ../nbs/21_report.ipynb #1b0d5384
+# %% ../nbs/21_report.ipynb #bf8868e8
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey for what comes after
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d31", "#f0e442")
 
 def class_colours(active) -> dict:  # class index to colour
-    "A colour for each active class, in class order; the same class keeps its colour within a figure of up to eight classes"
+    "A colour for each active class, in class order; after eight classes everything is grey"
     return {int(c): SERIES[i] if i < len(SERIES) else PALETTE["grey"] for i, c in enumerate(active)}
 
 def timeline_lanes(truth, predictions, i) -> list:  # of (name, (T, C) array)
     "The lanes of video `i`: visual and audio, first the annotation, then each prediction"
     sources = {"GT": truth, **predictions}
-    return [(f"{m[0].upper()} {name}", np.asarray(pair[k])[i] != 0) for k, m in ((1, "visual"), (0, "audio")) for name, pair in sources.items()]
+    return [(f"{letter} {name}", np.asarray(pair[k])[i] != 0) for k, letter in ((1, "V"), (0, "A"))
+            for name, pair in sources.items()]
 
 def _draw_lane(ax, y, lane, colours):
     "One lane: a thin bar for each active class, stacked from top to bottom"
@@ -846,7 +923,7 @@ def _draw_lane(ax, y, lane, colours):
     for j, (c, colour) in enumerate(colours.items()):
         ax.broken_barh(segments_of(lane[:, c]), (y + (j - len(colours)/2)*height, 0.9*height), facecolor=colour, lw=0)
 
-# %% ../nbs/21_report.ipynb #24e4e308
+# %% ../nbs/21_report.ipynb #337f277a
 def plot_timelines(truth,         # (audio, visual), each (N, T, C)
                    predictions,   # name to (audio, visual), such as {"BS": ..., "Our": ...}
                    videos,        # indices, or what `pick_videos` returned
@@ -857,12 +934,14 @@ def plot_timelines(truth,         # (audio, visual), each (N, T, C)
     index = [int(i) for i in (videos["index"] if isinstance(videos, pd.DataFrame) else videos)]
     shapes = {np.shape(x) for pair in (truth, *predictions.values()) for x in pair}
     if len(shapes) > 1 or not index:
-        raise InputError(f"{len(index)} videos, arrays of shapes {sorted(shapes)}", where="plot_timelines", expected="videos, and arrays (N, T, C) of one shape")
+        raise InputError(f"{len(index)} videos, arrays of shapes {sorted(shapes)}", where="plot_timelines",
+                         expected="videos, and arrays (N, T, C) of one shape")
     T, _ = check_classes(np.asarray(truth[0]), classes)
     titles = [str(ids[i]) if ids is not None else f"video {i}" for i in index]
     per_video = [timeline_lanes(truth, predictions, i) for i in index]
     active = [np.flatnonzero(np.any([x.any(0) for _, x in lanes], 0)) for lanes in per_video]
-    every, most, n, used = class_colours(np.unique(np.concatenate(active))), max(map(len, active)), len(per_video[0]), []
+    every, most = class_colours(np.unique(np.concatenate(active))), max(map(len, active))
+    n, used = len(per_video[0]), []
     with drawing() as plt:
         size = (1.2 + 2.7*len(index), 1.2 + 0.2*most + n*(0.22 + 0.05*most))
         fig, axes = plt.subplots(1, len(index), figsize=size, layout="constrained", sharey=True, squeeze=False)
@@ -875,7 +954,10 @@ def plot_timelines(truth,         # (audio, visual), each (N, T, C)
             ax.set_title(title, fontsize=9)
             ax.set_yticks(range(n), [name for name, _ in lanes]); ax.grid(axis="y", visible=False)
             handles = [plt.Rectangle((0, 0), 1, 1, color=k) for k in colours.values()]
-            ax.legend(handles, [class_name(classes[c]) for c in colours], loc="upper center", bbox_to_anchor=(0.5, -0.5/(n*(0.22 + 0.05*most))), handlelength=1)
+            ax.legend(handles, [class_name(classes[c]) for c in colours], loc="upper center",
+                      bbox_to_anchor=(0.5, -0.5/(n*(0.22 + 0.05*most))), handlelength=1)
             used.append(", ".join(class_name(classes[c]) for c in colours) or "nothing")
-        alt = f"Timelines of {len(index)} videos ({'; '.join(f'{t}: {u}' for t, u in zip(titles, used))}); lanes {', '.join(x for x, _ in per_video[0])}."
+        shown = "; ".join(f"{t}: {u}" for t, u in zip(titles, used))
+        alt = f"Timelines of {len(index)} videos ({shown}); lanes {', '.join(x for x, _ in per_video[0])}."
+
         return finish(fig, mark, alt)
