@@ -83,7 +83,7 @@ class HybridAttention(nn.Module):
         "Self- and cross-attention weights, each (B,T,T): row = query second, column = key second"
         return [(q@k.mT/q.shape[-1]**.5).softmax(-1) for q, k, _ in self.project(own, other)]
 
-# %% ../nbs/10_han.ipynb #8fdd5a88
+# %% ../nbs/10_han.ipynb #e3dda78e
 PROTOCOLS = ("official", "paper")
 
 class HAN(nn.Module):
@@ -104,20 +104,28 @@ class HAN(nn.Module):
         self.head = MMILHead(dim, classes, pooling=pooling)
         self.tie = None                         # see `mmil.tied_call`
 
-    def attend(self, e_audio, e_visual, cross_attention: bool = True, mask=None):
-        "Both streams of the temporal network, (B,T,D) each, from projected features"
-        if len(self.layers) == 2 or self.tie is not None:
+    def both(self, layers, e_audio, e_visual, cross_attention: bool = True, mask=None):
+        "H(a,v) and H(v,a), (B,T,D) each, of one shared layer or of one for each modality"
+        if len(layers) == 2 or self.tie is not None:
             pairs = (e_audio, e_visual), (e_visual, e_audio)
-            return tuple(tied_call(self.layers[m % len(self.layers)], self.tie, m, *pairs[m], cross_attention, mask) for m in (0, 1))
+            return tuple(tied_call(layers[m % len(layers)], self.tie, m, *pairs[m], cross_attention, mask) for m in (0, 1))
         own, other = torch.cat([e_audio, e_visual]), torch.cat([e_visual, e_audio])    # (2B,T,D): one batch for both
         mask = None if mask is None else mask.repeat(2, 1)
-        return self.layers[0](own, other, cross_attention, mask).chunk(2)
+        return layers[0](own, other, cross_attention, mask).chunk(2)
+
+    def attend(self, e_audio, e_visual, cross_attention: bool = True, mask=None):
+        "Both streams of the temporal network, (B,T,D) each, from projected features"
+        return self.both(self.layers, e_audio, e_visual, cross_attention, mask)
+
+    def before_head(self, x_audio, x_visual):
+        "What happens to the attended features on their way to the heads: nothing here (JoMoLD drops out some of vision's)"
+        return x_audio, x_visual
 
     def forward(self, audio, frames, motion, *, cross_attention: bool = True, mask=None) -> Parsing:
         "Audio (B,T,128), frames (B,T|8T,2048), motion (B,T,512), mask (B,T) or None"
         e = self.project(audio, frames, motion)                      # 2 x (B,T,D) before attention
         x = self.attend(*e, cross_attention, mask)                   # 2 x (B,T,D) after it
-        parsing = self.head(*x, mask)
+        parsing = self.head(*self.before_head(*x), mask)
         parsing.extra = {"projected": e, "attended": x}              # for losses that look inside
         return parsing
 

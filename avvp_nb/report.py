@@ -280,7 +280,7 @@ def spans(columns) -> list:
         else: out.append([g, 1])
     return [(GROUPS.get(g, g), n) for g, n in out]
 
-# %% ../nbs/21_report.ipynb #b6b2974a
+# %% ../nbs/21_report.ipynb #54736e91
 def columns_of(rows) -> list:
     "The column keys that occur in rows: scores in the standard order, other columns as they come"
     keys = list({k: None for r in rows for k in r.mean})
@@ -288,6 +288,7 @@ def columns_of(rows) -> list:
     metrics = in_order({m for g, m in keys if g in groups})
     return [k for g in groups for m in metrics for k in keys if k == (g, m)] + [k for k in keys if k[0] not in groups]
 
+# %% ../nbs/21_report.ipynb #de7de2b6
 @dataclass
 class Table:
     "Rows with a caption and provenance; shows itself in a notebook and saves itself in five formats"

@@ -164,6 +164,9 @@ def test_real_copies_differ_by_eight_seconds(real):
     new, old = real["2024"]["test"].audio, real["2020"]["test"].audio
     assert (new >= old).all() and int(new.sum()) - int(old.sum()) == 8
     assert (new != old).any((1, 2)).sum() == 2
+    report = real["2020"].report()
+    assert (report.id == "2020").sum() == 3
+    assert len(report.query("id == 'D3'")) == len(real["2024"].report().query("id == 'D3'")) == 25  # listed once, not twice
 
 
 def test_real_strict_refuses(llp):

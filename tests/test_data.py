@@ -188,9 +188,11 @@ def test_join_follows_the_split_file(tiny, how):
 def test_join_stays_mapped_and_any_order_works(tiny):
     a, arrays, root, store = tiny
     assert isinstance(D.load_clips(a, store, "val").audio, np.memmap)
-    shuffled = F.pack(root, root / "shuffled", a.video_ids[::-1], dtype="float32")
-    for split in a:
-        one, two = (D.load_clips(a, s, split) for s in (store, shuffled))
+    train, val, test = (a[s].video_ids for s in a)
+    woven = [test[0], val[0], *test[1:], *train, val[1]]  # rows of a split in order, with others between them
+    shuffled, woven = (F.pack(root, root / n, ids, dtype="float32") for n, ids in (("shuffled", a.video_ids[::-1]), ("woven", woven)))
+    for split, other in [(s, o) for s in a for o in (shuffled, woven)]:
+        one, two = (D.load_clips(a, s, split) for s in (store, other))
         assert (one.frames == two.frames).all() and one.ids == two.ids
         assert one.source["fingerprint"] != two.source["fingerprint"]
     clips = D.load_clips(a, store, "test")

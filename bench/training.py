@@ -1,0 +1,147 @@
+"""How fast is training? `python bench/training.py`
+
+The same HAN, trained on the same videos in the same order, twice in one process:
+
+- *reference*: a loop that reads three `.npy` files for each video of a batch, projects all 80 frames of a video and averages
+  afterwards, and calls PyTorch's own attention once for each modality and kind, the way the public training scripts are
+  organised (this is our own loop, not their code). Files are small in number and warm in the page cache, which flatters it.
+- *ours*: `Learner` on a packed store.
+
+Both are first run without dropout, and their losses compared step by step; speed is reported only if they agree.
+"""
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from avvp_nb.data import load_annotations, load_clips
+from avvp_nb.features import open_store, pack
+from avvp_nb.han import HAN
+from avvp_nb.learner import Learner, batches
+from avvp_nb.losses import GuidedLoss
+from avvp_nb.official import to_official
+from avvp_nb.simulate import write_simulated
+
+FEATURES = {"audio": "vggish", "frames": "res152", "motion": "r2plus1d_18"}
+
+
+class ReferenceLayer(nn.Module):
+    "One hybrid attention layer from PyTorch's own parts"
+    def __init__(self, dim, dropout):
+        super().__init__()
+        self.self_attn, self.cm_attn = (nn.MultiheadAttention(dim, 1, dropout, batch_first=True) for _ in range(2))
+        self.linear1, self.linear2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, own, other):
+        x = own + self.dropout(self.cm_attn(own, other, other)[0]) + self.dropout(self.self_attn(own, own, own)[0])
+        x = self.norm1(x)
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
+class ReferenceHAN(nn.Module):
+    "HAN with every map on its own; names follow the official checkpoint, so that weights can be exchanged"
+    def __init__(self, dim=512, classes=25, dropout=0.1):
+        super().__init__()
+        self.fc_prob, self.fc_frame_att, self.fc_av_att = (nn.Linear(dim, classes) for _ in range(3))
+        self.fc_a, self.fc_v, self.fc_st = nn.Linear(128, dim), nn.Linear(2048, dim), nn.Linear(512, dim)
+        self.fc_fusion = nn.Linear(2 * dim, dim)
+        self.hat_encoder = nn.ModuleDict({"layers": nn.ModuleList([ReferenceLayer(dim, dropout)])})
+
+    def forward(self, audio, frames, motion):
+        layer = self.hat_encoder["layers"][0]
+        a, per_frame = self.fc_a(audio), self.fc_v(frames)  # (B,T,D), (B,8T,D)
+        v = per_frame.reshape(len(frames), audio.shape[1], -1, per_frame.shape[-1]).mean(2)
+        v = self.fc_fusion(torch.cat([v, self.fc_st(motion)], -1))
+        x = torch.stack([layer(a, v), layer(v, a)], 2)  # (B,T,2,D)
+        p = torch.sigmoid(self.fc_prob(x))
+        w_time, w_mod = torch.softmax(self.fc_frame_att(x), 1), torch.softmax(self.fc_av_att(x), 2)
+        by_modality = (w_time * p).sum(1)
+        return (w_time * w_mod * p).sum((1, 2)), by_modality[:, 0], by_modality[:, 1]
+
+
+def reference_epochs(model, root, clips, batch_size, epochs, seed=1):
+    "Loss of every step of the per-file loop"
+    opt, out = torch.optim.Adam(model.parameters(), 3e-4), []
+    for epoch in range(epochs):
+        for idx in batches(len(clips), batch_size, seed, epoch):
+            files = {k: [np.load(root / d / f"{clips.ids[i][:11]}.npy") for i in idx] for k, d in FEATURES.items()}
+            x = {k: torch.from_numpy(np.stack(v)) for k, v in files.items()}
+            y = torch.from_numpy(clips.weak[idx])
+            video, audio, visual = (p.clamp(1e-7, 1 - 1e-7) for p in model(**x))
+            bce = F.binary_cross_entropy
+            loss = bce(audio, y) + bce(visual, 0.9 * y + 0.05) + bce(video, y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            out.append(loss.item())
+    return out
+
+
+class Losses:
+    "A callback that keeps the loss of every step"
+    def __init__(self): self.seen = []
+    def __getattr__(self, moment): return lambda learner: None
+    def after_step(self, learner): self.seen.append(sum(t.item() for t in learner.terms.values()))
+
+
+def ours(model, clips, batch_size, epochs, precision="fp32"):
+    "Loss of every step of `Learner`"
+    keep = Losses()
+    Learner(model, clips, GuidedLoss(), batch_size=batch_size, epochs=epochs, device="cpu", precision=precision, callbacks=[keep]).fit()
+    return keep.seen
+
+
+def pair(dropout, seed=0):
+    "Our network and the reference with the same weights"
+    torch.manual_seed(seed)
+    model, reference = HAN(dropout=dropout), ReferenceHAN(dropout=dropout)
+    reference.load_state_dict(to_official(model))
+    return model.train(), reference.train()
+
+
+def seconds(f, n):
+    "Best wall time of `n` calls"
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def run(videos=192, epochs=1, repeat=3):
+    "Videos per second of both loops at batch 16 and 128, after checking that they compute the same"
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        write_simulated(tmp, {"train": videos, "val": 2, "test": 2})
+        annotations, root = load_annotations(tmp / "data"), tmp / "feats"
+        pack(root, tmp / "store", annotations["train"].video_ids, dtype="float32")
+        clips = load_clips(annotations, open_store(tmp / "store"), "train")
+        model, reference = pair(0.0)
+        a, b = ours(model, clips, 16, 1), reference_epochs(reference, root, clips, 16, 1)
+        gap = float(np.abs(np.array(a) / np.array(b) - 1).max())
+        if not gap < 1e-3: raise AssertionError(f"losses differ by {gap:.1e} (relative)")
+        out = {"steps compared": len(a), "largest relative loss difference": gap}
+        for size in (16, 128):
+            model, reference = pair(0.1)
+            t_ref = seconds(lambda m=reference, s=size: reference_epochs(m, root, clips, s, epochs), repeat)
+            t_our = seconds(lambda m=model, s=size: ours(m, clips, s, epochs), repeat)
+            t_half = seconds(lambda m=model, s=size: ours(m, clips, s, epochs, "bf16"), repeat)
+            n = videos * epochs
+            out[f"batch {size}"] = {"reference videos/s": n / t_ref, "ours videos/s": n / t_our, "ours in bf16 videos/s": n / t_half,
+                                    "ratio": t_ref / t_our, "ratio in bf16 (other numbers)": t_ref / t_half}
+    return out
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.fspath(Path(__file__).resolve().parent.parent))
+    print(json.dumps(run(), indent=1))
