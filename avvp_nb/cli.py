@@ -69,7 +69,7 @@ def cmd_reported(a):
 
 def _ids(folder): return [i for s in load_annotations(folder).values() for i in s.video_ids]
 
-# %% ../nbs/22_cli.ipynb #be65ff6b
+# %% ../nbs/22_cli.ipynb #d5f6a731
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments"
     top = argparse.ArgumentParser("avvp_nb", description="Weakly-supervised audio-visual video parsing")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         p = subs.add_parser(name, help=f.__doc__, description=f.__doc__); p.set_defaults(f=f); return p
     p = command("run", cmd_run); p.add_argument("method", help=f"one of {', '.join(METHODS)}"); _data_arguments(p)
     p.add_argument("--set", nargs="+", metavar="NAME=VALUE", help="options of the method, such as gamma=0.2")
-    p.add_argument("--baseline", help="a second method to run beside it"); p.add_argument("--backbone", default="han")
+    p.add_argument("--baseline", help="a second method to run beside it"); p.add_argument("--backbone")
     p.add_argument("--protocol", help="'official', 'paper', ...; default: the method's own"); p.add_argument("--scale", default="small", help=f"one of {', '.join(SCALES)}")
     p.add_argument("--seeds", nargs="+", type=int, default=[1]); p.add_argument("--epochs", type=int)
     p.add_argument("--device", default="auto"); p.add_argument("--precision", default="fp32"); p.add_argument("--out", default="runs")

@@ -109,7 +109,7 @@ class _Scaled(torch.autograd.Function):
 
 scale_gradient = _Scaled.apply
 
-# %% ../nbs/12_dgm.ipynb #2ee520f2
+# %% ../nbs/12_dgm.ipynb #7e051a4d
 SHARED = ("skip", "split")
 
 class DGMNet(nn.Module):
@@ -124,7 +124,7 @@ class DGMNet(nn.Module):
         if head is None or dim is None:
             raise InputError(f"{type(backbone).__name__} has no `project` and `head`", where="backbone", expected="a HAN-type network")
         dim = dim.out_features
-        if msdu: backbone.head = MMILHead(dim, head.classes, pooling=head.pooling, shared=False)
+        if msdu: backbone.head = MMILHead(dim, head.classes, pooling=head.pooling, shared=False, video=head.video)
         self.msdu = MSDU(dim, head.classes) if msdu else None
         self.register_buffer("mu", torch.ones(2), persistent=False)      # of the current batch: audio, visual
         if check_choice(shared, SHARED, "shared") == "split": backbone.tie = backbone.head.tie = self.tied

@@ -42,7 +42,7 @@ def without_removed(target,          # (B,C) smoothed targets
         raise InputError(f"has shape {tuple(removed.shape)}", where="removed labels", expected=f"{tuple(target.shape)}, as the targets")
     return target.masked_fill(removed.bool(), 0.)
 
-# %% ../nbs/06a_losses.ipynb #c3d983c7
+# %% ../nbs/06a_losses.ipynb #d4eaa508
 @dataclass(frozen=True)
 class GuidedLoss:
     "HAN's loss as named terms `audio`, `visual`, `video` (Eq. 10 and L_wsl)"
@@ -51,8 +51,10 @@ class GuidedLoss:
     w_audio: float = 1.0        # weight of each term; 0 leaves it out
     w_visual: float = 1.0
     w_video: float = 1.0
+    beta: float = 1.0           # trust in the label; 1 - beta goes to the current prediction (bootstrapping)
 
     def __post_init__(self):
+        if not 0 < self.beta <= 1: raise InputError(f"{self.beta!r} is not possible", where="beta", expected="0 < beta <= 1")
         for k in ("eps_audio", "eps_visual"):
             if not 0 <= getattr(self, k) < 1: raise InputError(f"{getattr(self, k)!r} is not possible", where=k, expected="0 <= eps < 1")
         if self.w_audio == self.w_visual == self.w_video == 0:
@@ -66,7 +68,7 @@ class GuidedLoss:
 
     def __call__(self, parsing, batch) -> dict:
         "Weighted terms by name; their sum is the loss"
-        y_audio, y_visual = self.targets(batch)
+        y_audio, y_visual = (self.beta*y + (1 - self.beta)*p.detach() for y, p in zip(self.targets(batch), (parsing.audio, parsing.visual)))
         terms = {"audio": (self.w_audio, parsing.audio, y_audio), "visual": (self.w_visual, parsing.visual, y_visual),
                  "video": (self.w_video, parsing.video, batch.weak)}
         return {k: w*bce(p, y) for k, (w, p, y) in terms.items() if w}

@@ -53,16 +53,18 @@ def tied_call(module, tie, m: int, *args):
     if tie is None: return module(*args)
     return functional_call(module, {k: tie(p, m) for k, p in module.named_parameters()}, args)
 
-# %% ../nbs/06_mmil.ipynb #f81d7727
+# %% ../nbs/06_mmil.ipynb #0c06e67e
 class MMILHead(nn.Module):
     "Classifier, temporal attention and modality attention of both modalities, and the pooling (HAN §5.3)"
     def __init__(self,
                  dim: int = 512,               # width D of the incoming features
                  classes: int = 25,            # C
                  *, pooling: str = "attentive",  # one of `POOLINGS`
-                 shared: bool = True):         # one set of maps for both modalities, or one each
+                 shared: bool = True,          # one set of maps for both modalities, or one each
+                 video: str = "pooled"):       # the video's probability: 'pooled', or the 'larger' of its modalities
         super().__init__()
         self.classes, self.pooling, self.shared = classes, check_choice(pooling, POOLINGS, "pooling"), shared
+        self.video = check_choice(video, ("pooled", "larger"), "video")
         self.maps = nn.ModuleList(nn.Linear(dim, 3*classes) for _ in range(1 if shared else 2))
         self.tie = None                        # see `tied_call`
 
@@ -75,7 +77,8 @@ class MMILHead(nn.Module):
         "The `Parsing` of stacked logits (B,T,2,3C)"
         cls, temporal, modality = logits.float().chunk(3, -1)             # 3 x (B,T,2,C)
         probs = cls.sigmoid()
-        return Parsing(*mmil_pool(probs, temporal, modality, self.pooling, mask), probs)
+        video, audio, visual = mmil_pool(probs, temporal, modality, self.pooling, mask)
+        return Parsing(video if self.video == "pooled" else torch.maximum(audio, visual), audio, visual, probs)
 
     def forward(self, x_audio, x_visual, mask=None) -> Parsing:
         "Features (B,T,D) of both modalities to a `Parsing`"
