@@ -8,7 +8,7 @@ __all__ = ['SMOOTHING', 'PROTOCOLS', 'GLOBAL_TARGETS', 'RECIPE', 'LOSS', 'RULE',
            'Track', 'reusable', 'make_track', 'stream', 'assembled_from_tracks', 'swap_test', 'Errors', 'hamming_error',
            'normalised', 'error_rates', 'refine_labels', 'Refinement', 'refine', 'plot_swap', 'read_removed', 'ma_keys']
 
-# %% ../nbs/11_ma.ipynb #47cf82c6
+# %% ../nbs/11_ma.ipynb #64c5d8dd
 import io
 import json
 from contextlib import contextmanager
@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from .core import CLASSES, MODALITIES, PALETTE, InputError, atomic_write, check_choice, content_hash, did_you_mean
-from .han import HAN, HybridAttention
+from .han import HAN, HybridAttention, han_keys
+from .han import UNUSED as HAN_UNUSED
 from .losses import GuidedLoss, without_removed
 from .mmil import MMILHead
 
@@ -412,7 +413,7 @@ def _why(ref, i, classes) -> str:
         lines += [f"  {classes[c]}"] + [f"    {_account(ref, i, c, m)}" for m in (0, 1)]
     return "\n".join(lines)
 
-# %% ../nbs/11_ma.ipynb #ed5378df
+# %% ../nbs/11_ma.ipynb #3a6cf9e1
 def plot_swap(ref: Refinement,   # with probabilities
               i,                 # position or name of a video
               classes=None):     # names of the classes
@@ -421,7 +422,7 @@ def plot_swap(ref: Refinement,   # with probabilities
     if ref.swap is None: raise InputError("a list without confidences", where="plot_swap", expected="the result of `refine`")
     i, s, names = _position(ref, i), ref.swap, ref.names(classes)
     cs = np.flatnonzero(ref.weak[i]); y = np.arange(len(cs))
-    fig, axs = plt.subplots(1, 3, figsize=(8, 1. + .45*len(cs)), sharey=True, layout="constrained")
+    fig, axs = plt.subplots(1, 3, figsize=(8, 1.3 + .45*len(cs)), sharey=True, layout="constrained")
     panels = [("original", s.a, s.v, None, None), ("own picture, other sound", s.a_a, s.v_a, ref.errors.visual, ref.removed_visual),
               ("own sound, other picture", s.a_v, s.v_v, ref.errors.audio, ref.removed_audio)]
     for ax, (title, a, v, error, removed) in zip(axs, panels):
@@ -430,7 +431,9 @@ def plot_swap(ref: Refinement,   # with probabilities
             ax.vlines(ref.threshold*error[cs], y - .42, y + .42, color=PALETTE["truth"], lw=1.5)
             for k in np.flatnonzero(removed[i, cs]): ax.text(.98, k, "removed", ha="right", va="center", fontsize=8, color=PALETTE["truth"])
         ax.set(xlim=(0, 1), title=title, xlabel="probability"); ax.title.set_fontsize(9)
-    axs[0].set_yticks(y, [names[c] for c in cs]); axs[0].set_ylim(len(cs) - .5, -.5); axs[0].legend(frameon=False, fontsize=7)
+    axs[0].set_yticks(y, [names[c] for c in cs]); axs[0].set_ylim(len(cs) - .5, -.5)
+    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=7)
+    if ref.source.get("mark"): fig.supxlabel(ref.source["mark"], fontsize=7, color=PALETTE["grey"])
     return fig
 
 # %% ../nbs/11_ma.ipynb #d2eed18f
@@ -542,11 +545,9 @@ def read_removed(path,                        # csv with the columns `LIST_COLUM
     for m in (0, 1): removed[m][pos[here], c[here].astype(int)] = flags[here, m] == 1
     return Refinement(list(clips.ids), clips.rows, weak, *removed, source={"mark": clips.mark, "list": Path(path).name})
 
-# %% ../nbs/11_ma.ipynb #d0551c42
-UNUSED = ("hat_encoder.norm1.", "hat_encoder.norm2.", "audio_encoder.", "visual_encoder.", "cmt_encoder.",   # as in HAN's file
-          "t_att.", "t_att2.", "fc1.", "fc2.")                                                               # MA's own
+# %% ../nbs/11_ma.ipynb #b5a33b60
+UNUSED = (*HAN_UNUSED, "t_att.", "t_att2.", "fc1.", "fc2.")   # prefixes of tensors in the file that no forward pass calls
 
 def ma_keys(dim: int = 512, classes: int = 25) -> list:  # of (official key, our key, rows of our tensor)
     "Where each used tensor of the official MA lives in ours: exactly as HAN's"
-    from avvp_nb.official import han_keys   # here, because `official` knows all methods
     return han_keys(dim, classes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from micro import same_weights, toy_clips, toy_han
+from micro import known, same_weights, toy_clips, toy_han
 from torch import nn
 
 from avvp_nb import core
@@ -236,6 +236,7 @@ def test_impossible_selections_are_refused(kw, message):
     with pytest.raises(InputError, match=message): ValidateCB(**kw)
 
 
+@known("noticed after the first epoch")
 def test_an_unknown_metric_is_refused_before_training():
     with pytest.raises(InputError, match="select: 'segment/Type' is not possible"): ValidateCB(VALID, select="segment/Type")
 
@@ -279,6 +280,7 @@ def test_a_finished_checkpoint_trains_no_more(tmp_path, uninterrupted):
     assert keep.best_epoch == uninterrupted[1].best_epoch
 
 
+@known("what is saved depends on the order of the callbacks")
 def test_checkpoint_before_validation_in_the_list(tmp_path):
     "The order of callbacks must not decide whether the last epoch's score and best state survive"
     def go(*extra):
@@ -314,10 +316,22 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path, how):
     assert before is None or file_hash(path) == before
 
 
+@known("KeyError, TypeError or IndexError")
 @pytest.mark.parametrize("content", [{"a": 1}, [1], torch.zeros(3)])
 def test_a_file_that_holds_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "c.pt")
     with pytest.raises(InputError, match=r"c\.pt: "): kept_run(tmp_path / "c.pt")
+
+
+@known("PyTorch does not look at the checksums inside its files; zipfile.ZipFile(path).testzip() does")
+def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path):
+    path = tmp_path / "c.pt"
+    kept_run(path, epochs=1)
+    weight = CheckpointCB(path).read()["model"]["layers.0.ffn1.weight"].numpy().tobytes()
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(weight) + 40] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"c\.pt: is damaged"): kept_run(path)
 
 
 class Evil:

@@ -1,7 +1,7 @@
 """MMIL pooling against plain loops in double precision, and the head that computes it."""
 import math
 
-import micro  # noqa: F401  (one torch thread)
+import micro  # noqa: F401  (sets one torch thread)
 import numpy as np
 import pytest
 import torch
@@ -125,12 +125,12 @@ def head_by_hand(xa, xv, maps, pooling):
     W = [m.weight.detach().double() for m in maps]
     b = [m.bias.detach().double() for m in maps]
     x = torch.stack([xa, xv], 2).double()                                     # (B,T,2,D)
+    def pick(logits, c): return [[at[m][c].item() for m in (0, 1)] for at in logits]
     out = []
     for video in x:
         logits = [[[W[m % len(W)][k] @ video[t, m] + b[m % len(b)][k] for k in range(3 * C)] for m in (0, 1)] for t in range(len(video))]
         P = [[[1 / (1 + math.exp(-logits[t][m][c])) for m in (0, 1)] for t in range(len(video))] for c in range(C)]
-        pick = lambda c: [[logits[t][m][c].item() for m in (0, 1)] for t in range(len(video))]
-        out.append([loops(P[c], pick(C + c), pick(2 * C + c), len(video), pooling) for c in range(C)])
+        out.append([loops(P[c], pick(logits, C + c), pick(logits, 2 * C + c), len(video), pooling) for c in range(C)])
     return torch.tensor(out, dtype=torch.float64)                              # (B,C,3)
 
 
