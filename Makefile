@@ -19,16 +19,26 @@ QUIET := --stdout-file - --no-progress-bar --log-level WARNING
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help dgm smoke test check export clean bench lab env
+.PHONY: help dgm han ma smoke test check export clean bench readme lab env
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
 
+define run_notebook
+@mkdir -p runs/$@
+@nb="runs/$@/$$(printf '%s' "$@ $$ARGS" | sed 's/ -[py] / /g' | tr -cs 'A-Za-z0-9.=-' _ | sed 's/_*$$//' | cut -c1-100).ipynb"; \
+$(PY) -m papermill nbs/$@.ipynb "$$nb" -p out runs/$@ $(QUIET) $(ARGS) \
+&& echo "Executed notebook: $$nb"
+endef
+
 dgm: $(STAMP) ## main job: run nbs/dgm.ipynb; options as ARGS="-p gamma 0.2 -p scale tiny"
-	@mkdir -p runs/dgm
-	@nb="runs/dgm/$$(printf '%s' "dgm $$ARGS" | sed 's/ -[py] / /g' | tr -cs 'A-Za-z0-9.=-' _ | sed 's/_*$$//' | cut -c1-100).ipynb"; \
-	$(PY) -m papermill nbs/dgm.ipynb "$$nb" -p out runs/dgm $(QUIET) $(ARGS) \
-	&& echo "Executed notebook: $$nb"
+	$(run_notebook)
+
+han: $(STAMP) ## HAN beside its Table 1; all rows of Table 2 with ARGS="-y '{tables: [\"1\", \"2\"]}'"
+	$(run_notebook)
+
+ma: $(STAMP) ## MA in its three stages; options as for dgm
+	$(run_notebook)
 
 smoke: ## the main job at its smallest scale, in seconds
 	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
@@ -47,6 +57,9 @@ clean: $(STAMP) ## strip the notebooks of what only disturbs diffs (outputs stay
 
 bench: $(STAMP) ## throughput beside the official way of working, on this machine
 	$(PY) -m bench $(ARGS)
+
+readme: $(STAMP) ## write the generated block of README.md from figures/records
+	$(PY) tools/results.py
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs $(ARGS)

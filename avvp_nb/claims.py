@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOSS_GAP', 'MARGIN', 'EXPECTED', 'REPRODUCED', 'SMALLER', 'FAILED', 'CONTRADICTED', 'UNTESTABLE', 'VERDICTS', 'ORDER',
-           'RULE_NOTE', 'VIDEO_NOTE', 'COLOURS', 'IDENTITIES', 'ROUNDING', 'ERRATA', 'claims', 'metric_keys',
-           'loss_gap', 'measure', 'contradicts', 't_inside', 't_quantile', 'seed_interval', 'video_interval',
-           'VideoScores', 'judge_direction', 'judge_absence', 'judge', 'dataset_of', 'untestable', 'operands',
-           'estimate', 'judge_line', 'judge_claims', 'claim_verdict', 'claim_rows', 'summary', 'claim_row',
+           'RULE_NOTE', 'VIDEO_NOTE', 'COLOURS', 'IDENTITIES', 'ROUNDING', 'ERRATA', 'check_claim', 'claims',
+           'metric_keys', 'loss_gap', 'measure', 'contradicts', 't_inside', 't_quantile', 'seed_interval',
+           'video_interval', 'VideoScores', 'judge_direction', 'judge_absence', 'judge', 'dataset_of', 'untestable',
+           'operands', 'estimate', 'judge_line', 'judge_claims', 'claim_verdict', 'claim_rows', 'summary', 'claim_row',
            'claims_table', 'plot_verdicts', 'plot_claim', 'digits', 'mean_checks', 'default_lines', 'disagreements',
            'twins', 'printed_value', 'contradictions', 'errata', 'claims_page', 'add_arguments', 'cmd_claims']
 
-# %% ../nbs/24_claims.ipynb #dc9243d9
+# %% ../nbs/24_claims.ipynb #6ec153cc
+import difflib
 import math
 import re
 import textwrap
@@ -30,19 +31,27 @@ from .reproduce import (PRINTED_ONLY, TABLES, add_data_arguments, as_store, by_e
                                load_records, paper_list, system_of)
 from .runs import SCALES, DataSpec, Store, load_data
 
-# %% ../nbs/24_claims.ipynb #579b5390
+# %% ../nbs/24_claims.ipynb #85962f73
 @lru_cache
 def _claims():
     frame = pd.read_csv(asset("claims.csv"), dtype=str, keep_default_na=False).rename(columns={"claim": "statement"})
     frame.insert(0, "claim", frame["id"].str.rsplit(".", n=2).str[0])
     return frame.assign(printed=pd.to_numeric(frame["reported_delta"]))
 
+def check_claim(claim: str, known) -> str:
+    "Return the id of a claim if it is known; the `InputError` names the nearest, not all of them"
+    known = sorted(set(known))
+    near = difflib.get_close_matches(claim, known, 3, .5)
+    if claim in known: return claim
+    raise InputError("no such claim", where=claim, expected=f"one of the {len(known)} ids in the column claim",
+                     fix=f"did you mean {' or '.join(map(repr, near))}?" if near else f"they look like {known[0]!r}")
+
 def claims(papers=None,   # one, a list, or None for those of `reproduce.TABLES`
            claim=None,    # a claim's id; None: all
            ) -> pd.DataFrame:
     "The lines of `claims.csv`; `printed` is the printed difference in points (NaN where nothing is printed)"
     frame = _claims()[_claims()["paper"].isin(paper_list(papers, sorted(_claims()["paper"].unique())))]
-    return frame if claim is None else frame[frame["claim"] == check_choice(claim, sorted(set(frame["claim"])), "claim")]
+    return frame if claim is None else frame[frame["claim"] == check_claim(claim, frame["claim"])]
 
 # %% ../nbs/24_claims.ipynb #4c263b2f
 LOSS_GAP = "train_loss_gap"
@@ -187,18 +196,19 @@ def operands(line, scale: str) -> tuple:
     sides = ((line.lhs_method, line.lhs_variant), (line.rhs_method, line.rhs_variant))
     return tuple(experiment(system_of(*s).spec(scale=scale).plain()) for s in sides)
 
-# %% ../nbs/24_claims.ipynb #a7d06051
+# %% ../nbs/24_claims.ipynb #e27002ac
 def estimate(pairs,         # [(left record, right record)], one a seed
              line,
              videos=None,   # `VideoScores`, for a single pair
              ) -> tuple:    # (mean, low, high, kind), kind "seeds" or "videos"; or a text: why there is none
     "Our difference with its interval"
-    if len(pairs) > 1: return *seed_interval([measure(a, line) - measure(b, line) for a, b in pairs]), "seeds"
-    keys = metric_keys(line)
-    if not keys: return "one seed, and a loss curve has no test videos"
-    if videos is None: return "one seed, and no stored probabilities to resample"
-    a, b = (videos(r)[keys].mean(axis=1) for r in pairs[0])
-    return *video_interval(a - b), "videos"
+    keys, several = metric_keys(line), len(pairs) > 1
+    if not several and not keys: return "one seed, and a loss curve has no test videos"
+    if not several and videos is None: return "one seed, and no stored probabilities to resample"
+    if several: d = np.array([measure(a, line) - measure(b, line) for a, b in pairs])
+    else: d = np.subtract(*(videos(r)[keys].mean(axis=1) for r in pairs[0]))
+    if not d.any(): return f"identical scores in every {'seed' if several else 'test video'}"
+    return (*seed_interval(d), "seeds") if several else (*video_interval(d), "videos")
 
 def judge_line(line,            # a line of `claims`
                found: Mapping,  # `reproduce.by_experiment` of the records
@@ -325,10 +335,10 @@ def plot_verdicts(lines: pd.DataFrame, paper=None):
         alt = f"Verdicts of {len(rows)} claims: " + ", ".join(f"{counts[v]} {v}" for v in VERDICTS if v in counts) + "."
         return finish(fig, "; ".join(sorted(set(rows["mark"]) - {""})), alt)
 
-# %% ../nbs/24_claims.ipynb #b6454328
+# %% ../nbs/24_claims.ipynb #19f1ee3c
 def plot_claim(lines: pd.DataFrame, claim: str):
     "Our differences with 95 % intervals, and the printed ones, a row a line"
-    part = lines[lines["claim"] == check_choice(claim, sorted(set(lines["claim"])), "claim")].reset_index(drop=True)
+    part = lines[lines["claim"] == check_claim(claim, lines["claim"])].reset_index(drop=True)
     with drawing() as plt:
         fig, ax = plt.subplots(figsize=(7, 1.9 + .24*len(part)), layout="constrained")
         for v, p in part.groupby("verdict"):
@@ -341,7 +351,7 @@ def plot_claim(lines: pd.DataFrame, claim: str):
         alt = "; ".join(f"{l.level} {l.metric}: printed {l.printed:+.1f}, ours {l.ours:+.1f}, {l.verdict}" for l in part.itertuples())
         return finish(fig, "; ".join(sorted(set(part["mark"]) - {""})), f"{part['statement'][0]}. {alt}.")
 
-# %% ../nbs/24_claims.ipynb #efa0260f
+# %% ../nbs/24_claims.ipynb #b3dfdb77
 IDENTITIES = {"Type@AV": ("A", "V", "AV"), "Type@AVo": ("Ao", "Vo", "AV")}
 ROUNDING = {"Type@AV": .1, "Type@AVo": .1, "AVG": .055}   # what rounding of parts and mean can explain
 
@@ -363,7 +373,8 @@ def mean_checks(papers) -> pd.DataFrame:
             off = cells[key] - float(np.mean(values))
             out.append({"paper": paper, "table": table, "row": method_name(method, variant), "level": key[0], "metric": key[1],
                         "printed": cells[key], "off": off, "error": abs(off) > ROUNDING[key[1]] + 1e-9,
-                        "arithmetic": f"({' + '.join(f'{v:.1f}' for v in values)})/{len(values)} = {np.mean(values):.2f}, printed {digits(key[1], cells[key])}"})
+                        "arithmetic": f"({' + '.join(f'{v:.1f}' for v in values)})/{len(values)} = {np.mean(values):.2f}, "
+                                      f"printed {digits(key[1], cells[key])}"})
     return pd.DataFrame(out)
 
 # %% ../nbs/24_claims.ipynb #cd888b45
@@ -433,7 +444,7 @@ def errata(papers=None  # one, a list, or None
     shown = frame.drop(columns=["paper", "table"]).set_axis((frame["paper"] + " " + frame["table"]).str.strip(), axis="index")
     return table_of(shown, f"Errors in the printed tables of {', '.join(papers)}", digits=2, papers=papers)
 
-# %% ../nbs/24_claims.ipynb #c84ba071
+# %% ../nbs/24_claims.ipynb #7980de91
 def claims_page(store="runs",                  # a `Store`, or its folder
                 papers=None,                   # one, a list, or None
                 scale: str = "small",
@@ -443,8 +454,8 @@ def claims_page(store="runs",                  # a `Store`, or its folder
     store, lines = as_store(store), judge_claims(as_store(store), papers, scale, data)
     papers = list(dict.fromkeys(lines["paper"]))
     tables = {p: claims_table(lines, p, data=data_kind(data)) for p in papers} | {"errata": errata(papers)}
-    for name, t in tables.items():
-        t.save(store.root/"tables"/(f"claims_{name}_{scale}_{data_kind(data)}" if name != "errata" else name))
+    for p in papers: tables[p].save(store.root/"tables"/f"claims_{p}_{scale}_{data_kind(data)}")
+    tables["errata"].save(store.root/"tables"/f"errata_{'_'.join(papers)}")
     return tables
 
 def add_arguments(p):

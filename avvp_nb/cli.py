@@ -6,11 +6,12 @@
 __all__ = ['read_options', 'cmd_run', 'cmd_doctor', 'cmd_pack', 'cmd_annotations', 'cmd_simulate', 'cmd_reported', 'parser',
            'main']
 
-# %% ../nbs/22_cli.ipynb #62ef1d86
+# %% ../nbs/22_cli.ipynb #05ea734b
 import argparse
 import ast
 import sys
 
+from . import claims, reproduce
 from .core import InputError
 from .data import doctor, load_annotations, pack
 from .metrics import STANDARD
@@ -69,7 +70,7 @@ def cmd_reported(a):
 
 def _ids(folder): return [i for s in load_annotations(folder).values() for i in s.video_ids]
 
-# %% ../nbs/22_cli.ipynb #d5f6a731
+# %% ../nbs/22_cli.ipynb #2d975d1e
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments"
     top = argparse.ArgumentParser("avvp_nb", description="Weakly-supervised audio-visual video parsing")
@@ -90,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--all", action="store_true", help="every defect, not the first and last ten")
     p = command("simulate", cmd_simulate); p.add_argument("folder"); p.add_argument("--profile", default="tiny", help=f"one of {', '.join(PROFILES)}")
     p.add_argument("--seed", type=int, default=0); p.add_argument("--annotations")
+    reproduce.add_arguments(command("reproduce", reproduce.cmd_reproduce))
+    claims.add_arguments(command("claims", claims.cmd_claims))
     p = command("reported", cmd_reported); p.add_argument("paper"); p.add_argument("table", nargs="?")
     return top
 

@@ -12,9 +12,10 @@ __all__ = ['TICK', 'KINDS', 'SIZE', 'SMALL', 'PAD', 'GAP', 'B', 'T', 'PARTS', 'c
            'removal_shares', 'rates', 'plot_removed', 'plot_parsing', 'score_curves', 'plot_scores', 'diagram_dgm',
            'diagram_pipelines', 'plot_terms', 'data_provenance']
 
-# %% ../nbs/25_figures.ipynb #2f8bd8b1
+# %% ../nbs/25_figures.ipynb #105cc1a0
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ def correct_class_score(parsing, weak) -> tuple:  # (audio, visual)
     n = weak.sum().clamp(min=1)
     return tuple(((p.detach()*weak).sum()/n).item() for p in (parsing.audio, parsing.visual))
 
-# %% ../nbs/25_figures.ipynb #13022816
+# %% ../nbs/25_figures.ipynb #e9944edf
 def tint(colour: str,         # "#rrggbb"
          share: float = 0.8,  # of white
          ) -> str:
@@ -53,11 +54,12 @@ def key_above(fig, entries: dict):
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     def handle(s): return Line2D([], [], **s) if {"ls", "marker"} & set(s) else Patch(**{"lw": 0, **s})
-    fig.legend([handle(s) for s in entries.values()], list(entries), loc="outside upper center", ncols=len(entries))
+    fits = sum(0.08*len(k) + 0.6 for k in entries) < fig.get_figwidth()      # inches
+    fig.legend([handle(s) for s in entries.values()], list(entries), loc="outside upper center", ncols=len(entries) if fits else 2)
 
 TICK = {"marker": "|", "ls": "", "color": "black", "ms": 11, "mew": 1.8}   # a short upright line in a legend
 
-# %% ../nbs/25_figures.ipynb #f8bc2d95
+# %% ../nbs/25_figures.ipynb #7aa870b1
 @dataclass(frozen=True)
 class Block:
     "One box of a diagram"
@@ -81,6 +83,7 @@ KINDS = {"plain": "#f3f3f3", "audio": tint(PALETTE["audio"]), "visual": tint(PAL
          "measure": "#fbeeb8", "control": "#cfe8cf", "output": "#ffffff"}
 SIZE, SMALL, PAD, GAP = 9, 7.5, 0.1, 0.2   # points and inches
 
+@lru_cache(1024)
 def text_size(text: str, size: float) -> tuple:  # width and height in inches
     "How much room lines of text take"
     from matplotlib.textpath import TextPath
@@ -305,7 +308,7 @@ def asynchronous(audio,      # (N,T,C) 0/1
     out["separate"] = out[["heard only", "seen only"]].min(axis=1)
     return out.sort_values(["separate", "both", "id"], ascending=[False, False, True], kind="stable").drop(columns="separate").reset_index(drop=True)
 
-# %% ../nbs/25_figures.ipynb #aea5aaf4
+# %% ../nbs/25_figures.ipynb #bda12294
 def event_counts(*splits,  # (audio, visual), each (N,T,C), such as those of val and test
                  classes=CLASSES) -> pd.DataFrame:  # index class; audio, visual, audio-visual
     "Number of events of each class and modality"
@@ -315,7 +318,7 @@ def event_counts(*splits,  # (audio, visual), each (N,T,C), such as those of val
     pairs = [tuple(np.asarray(x) for x in s) for s in splits]
     if not pairs: raise InputError("no labels", where="event_counts", expected="at least one pair (audio, visual)")
     n = {"audio": sum(events(a) for a, _ in pairs), "visual": sum(events(v) for _, v in pairs), "audio-visual": sum(events((a != 0) & (v != 0)) for a, v in pairs)}
-    return pd.DataFrame(n, index=pd.Index(classes, name="class"))
+    return pd.DataFrame(n, index=pd.Index(list(classes), name="class"))
 
 def _class_axis(ax, names):
     "Class names from top to bottom"
@@ -323,8 +326,7 @@ def _class_axis(ax, names):
     ax.grid(axis="y", visible=False); ax.tick_params(axis="y", length=0, labelsize=8.5)
 
 def plot_event_counts(counts: pd.DataFrame,  # from `event_counts`
-                      mark: str = "",
-                      log: bool = False):     # logarithmic axis: Speech dwarfs the other classes
+                      mark: str = ""):
     "HAN, Fig. 2, in numbers: audio and visual events of each class, the most frequent first"
     n = counts.loc[counts[["audio", "visual"]].sum(axis=1).sort_values(ascending=False, kind="stable").index]
     y = np.arange(len(n))
@@ -332,12 +334,12 @@ def plot_event_counts(counts: pd.DataFrame,  # from `event_counts`
         fig, ax = plt.subplots(figsize=(7, 0.9 + 0.19*len(n)), layout="constrained")
         for m, shift in (("audio", -0.2), ("visual", 0.2)): ax.barh(y + shift, n[m], 0.38, color=PALETTE[m])
         _class_axis(ax, n.index)
-        ax.set(xlabel="events", xscale="log" if log else "linear")
+        ax.set(xlabel="events")
         key_above(fig, {f"{m}, {n[m].sum():,} in total": {"color": PALETTE[m]} for m in ("audio", "visual")})
         first = "; ".join(f"{class_name(k)} {r.audio} and {r.visual}" for k, r in n.head(3).iterrows())
         return finish(fig, mark, f"{n['audio'].sum()} audio and {n['visual'].sum()} visual events in {len(n)} classes. Most frequent: {first}.")
 
-# %% ../nbs/25_figures.ipynb #3a03146e
+# %% ../nbs/25_figures.ipynb #915d7a64
 def _two_bars(ax, above, below, active, names, colours, seconds):
     "Two bars a class: `above` and `below`, (T,C) each"
     for k, c in enumerate(active):
@@ -367,7 +369,7 @@ def plot_samples(audio,      # (N,T,C) 0/1
     index, seconds, [(a, v)] = chosen([(audio, visual)], videos, classes)
     active, titles = [np.flatnonzero((x | y).any(0)) for x, y in zip(a, v)], [str(ids[i]) if ids is not None else f"video {i}" for i in index]
     with drawing() as plt:
-        fig, axes = plt.subplots(1, len(index), figsize=(1 + 2.5*len(index), 1.4 + 0.45*max(map(len, active))), layout="constrained", squeeze=False)
+        fig, axes = plt.subplots(1, len(index), figsize=(1 + 2.5*len(index), 1.4 + 0.45*max(1, *map(len, active))), layout="constrained", squeeze=False)
         for ax, title, x, y, here in zip(axes[0], titles, a, v, active):
             _two_bars(ax, x, y, here, classes, (PALETTE["audio"], PALETTE["visual"]), seconds)
             ax.set_title(title, fontsize=9); ax.set_xlabel("second")
@@ -602,7 +604,7 @@ def plot_removed(ref, clips=None, classes=None):
         text = "; ".join(f"{m} {n[m]} of {total}{quality[m].replace(chr(10), ', ')}" for m in n)
         return finish(fig, ref.source.get("mark", ""), f"Labels removed: {text}. Most affected visual class: {class_name(most)}, {100*shares.loc[most, ('visual', 'removed')]:.0f} %.")
 
-# %% ../nbs/25_figures.ipynb #d4beea4a
+# %% ../nbs/25_figures.ipynb #0723f33f
 def plot_parsing(truth,       # (audio, visual), each (N,T,C)
                  prediction,  # the same
                  videos,      # positions, or a frame with a column `index`
@@ -614,7 +616,7 @@ def plot_parsing(truth,       # (audio, visual), each (N,T,C)
     active = [np.flatnonzero(np.any([x[n].any(0) for x in (*g, *p)], 0)) for n in range(len(index))]
     titles = [str(ids[i]) if ids is not None else f"video {i}" for i in index]
     with drawing() as plt:
-        fig, axes = plt.subplots(2, len(index), figsize=(1 + 2.5*len(index), 1.6 + 0.8*max(map(len, active))), layout="constrained", squeeze=False)
+        fig, axes = plt.subplots(2, len(index), figsize=(1 + 2.5*len(index), 1.6 + 0.8*max(1, *map(len, active))), layout="constrained", squeeze=False)
         for n, title in enumerate(titles):
             for row, (m, k) in enumerate((("visual", 1), ("audio", 0))): _two_bars(axes[row, n], p[k][n], g[k][n], active[n], classes, (PALETTE[m], PALETTE["grey"]), seconds)
             axes[0, n].set_title(title, fontsize=9); axes[1, n].set_xlabel("second")
@@ -691,14 +693,15 @@ def diagram_pipelines(traditional=None,  # a HAN-type network
     panels = [(t, *_pipeline(m, False)) for t, m in (("(a) traditional", traditional or HAN()), ("(b) proposed", proposed or DGMNet(HAN())))]
     return block_diagram(*panels, legend={k: v for k, v in PARTS.items() if k != "DGM"})
 
-# %% ../nbs/25_figures.ipynb #78c9fe13
+# %% ../nbs/25_figures.ipynb #c3b251b7
 def plot_terms(records,         # run records, or a dictionary of label to records (up to three experiments)
                names=None):     # of terms; None: all
     "Each term of the training loss by epoch, mean over seeds; a line style for each experiment"
     groups = group(records)
     every = [r for rs in groups.values() for r in rs]
     if len(groups) > 3: raise InputError(f"{len(groups)} experiments", where="plot_terms", expected="one to three")
-    names = list(names or dict.fromkeys(n for r in every for n in r["history"][0]["loss"]))
+    first = ("audio", "visual", "video")
+    names = list(names or sorted({n for r in every for n in r["history"][0]["loss"]}, key=lambda n: (first.index(n) if n in first else 3, n)))
     terms = {n: {k: curve(rs, "loss", n).mean(0) for k, rs in groups.items()} for n in names}
     styles = dict(zip(groups, ("-", "--", ":")))
     with drawing() as plt:

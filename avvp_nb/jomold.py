@@ -103,14 +103,14 @@ class JoMoLDLoss(GuidedLoss):
         if self.features == "ma": x_visual = parsing.extra["projected"][1]
         return {**terms, "contrast": self.w_contrast*contrastive(x_audio, x_visual, self.temperature, self.smoothing)}
 
-# %% ../nbs/11a_jomold.ipynb #f5802b1d
+# %% ../nbs/11a_jomold.ipynb #348b28a8
 def _rows(x):
     "Any array or tensor (..., C) as float64 rows (N,C)"
     x = np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=np.float64)
     return x.reshape(-1, x.shape[-1])
 
 def class_means(p,                  # (N,C) probabilities
-                batch: int = None): # None: exact; or the mean of the means of consecutive batches of this size
+                batch=None):        # None: exact; or the mean of the means of consecutive batches of this size
     "Mean probability of each class, (C,)"
     parts = [p[i:i + (batch or len(p))] for i in range(0, len(p), batch or len(p))]
     return np.mean([x.mean(0) for x in parts], axis=0)
@@ -121,7 +121,7 @@ def noise_ratios(p_audio,                        # (N,C) audio probabilities of 
                  *, audio_threshold: float = 0.6,
                  visual_threshold: float = 1.8,
                  factor: float = 0.95,           # the smoothed visual label that the code multiplies in
-                 batch: int = None):             # see `class_means`
+                 batch=None):                    # see `class_means`
     "Share of the labels of each class that look like noise: (audio, visual), (C,) float64 each; 0 for a class without labels"
     p_audio, p_visual, weak = _rows(p_audio), _rows(p_visual), _rows(weak)
     if not p_audio.shape == p_visual.shape == weak.shape or not len(weak):

@@ -279,7 +279,7 @@ METHODS = {"han": Method(HAN_OPTIONS, HAN_PROTOCOLS, build_han, check_han, recip
            "ogm": Method(dict(gamma=0.1), ("ogm_ge",), build_ogm, lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES),
            "ogm_ge": Method(dict(gamma=0.1), ("ogm_ge",), partial(build_ogm, noise=True), lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES)}
 
-# %% ../nbs/20_runs.ipynb #76afd10c
+# %% ../nbs/20_runs.ipynb #c17c1947
 @dataclass(frozen=True)
 class RunSpec:
     "One training run, completely described"
@@ -336,6 +336,7 @@ class RunSpec:
         d = {k: getattr(self, k) for k in ("method", "backbone", "protocol", "scale", "seed", "precision")}
         return {**d, "options": self.full_options, "recipe": self.recipe(), "rule": self.rule or METHODS[self.method].rule or self.base.rule}
 
+# %% ../nbs/20_runs.ipynb #945d4ab8
 FORMAT = 1   # of records; part of every run's address
 
 def run_key(spec: RunSpec, identity: dict) -> str:

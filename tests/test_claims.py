@@ -1,0 +1,308 @@
+"""Claims: what is printed, intervals, every verdict, every reason, the aggregation, the page, the errata."""
+import argparse
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_reproduce import MARK, fill, record_of
+
+from avvp_nb import claims as C
+from avvp_nb.core import InputError, file_hash
+from avvp_nb.metrics import LEVELS, METRICS, RULES, evaluate
+from avvp_nb.report import reported_lines
+from avvp_nb.reproduce import PRINTED_ONLY, TABLES, all_specs, by_experiment, system_of
+from avvp_nb.runs import DataSpec, Scale, Store
+
+NAN = float("nan")
+MAX = "H-pool-han-vs-max.seg.A"       # claim used as the plain example: attentive (left) beats max pooling (right)
+LEFT, RIGHT = (f"loss=wsl+g;pooling={p};temporal=han;noisy_label=none" for p in ("attentive", "max"))
+
+
+def line(id): return next(C.claims().query("id == @id").itertuples())
+
+
+def pair(gains=(2.0, 0.0), seeds=(1, 2, 3), **kw):
+    "Records of both sides of the example, with given gains"
+    return [record_of(system_of("han", v).spec(s, "tiny"), gain=g, **kw) for v, g in zip((LEFT, RIGHT), gains) for s in seeds]
+
+
+def judged(records, id=MAX, videos=None): return C.judge_line(line(id), by_experiment(records), "tiny", videos)
+
+
+@pytest.fixture(scope="module")
+def lines():
+    "All lines of the three papers, judged with invented records of three seeds"
+    return C.judge_claims([record_of(s) for s in all_specs(scale="tiny", seeds=(1, 2, 3))], scale="tiny")
+
+
+# ---------------------------------------------------------------- what is claimed
+
+def test_every_line_is_testable_or_says_why_not():
+    for l in C.claims().itertuples():
+        reason = C.untestable(l)
+        absent = {l.lhs_method, l.rhs_method} & set(PRINTED_ONLY)
+        assert bool(reason) == bool(absent or l.table in ("II", "III")), l.id
+        if not reason:
+            a, b = C.operands(l, "tiny")
+            assert a != b, f"{l.id}: both sides are the same experiment"
+            assert C.metric_keys(l) or l.metric == C.LOSS_GAP
+
+
+def test_printed_differences_are_those_of_the_tables():
+    "The value a line would measure, computed from the printed rows, is the line's printed difference"
+    checked = 0
+    for l in C.claims().itertuples():
+        keys = [k for k in C.metric_keys(l) if k != ("", "")] if not C.untestable(l) else []
+        sides = [[C.printed_value(l.paper, l.table, m, v, *k) for k in keys] for m, v in ((l.lhs_method, l.lhs_variant), (l.rhs_method, l.rhs_variant))]
+        if not keys or any(math.isnan(x) for s in sides for x in s): continue
+        assert np.mean(sides[0]) - np.mean(sides[1]) == pytest.approx(l.printed, abs=0.006), l.id
+        checked += 1
+    assert checked > 440
+
+
+def test_the_contradicted_lines_are_those_that_the_transcription_marks():
+    every = C.claims(["han", "ma", "dgm", "coleaf"])
+    ours = {l.id for l in every.itertuples() if C.contradicts(l.expected, l.printed)}
+    assert ours == set(every[every["note"].str.contains("do not bear this out")]["id"]) and len(ours) == 31
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: C.claims("x"), "paper: 'x'"), (lambda: C.claims("ma", "M-x"), "M-x: no such claim"),
+    (lambda: C.contradicts("more", 1.0), "expected: 'more'"), (lambda: C.seed_interval([1.0]), "expected at least two"),
+    (lambda: C.video_interval([1.0]), "1 videos"), (lambda: C.judge_claims([], "ma", "huge"), "scale: 'huge'"),
+    (lambda: C.judge_claims([], "x", "tiny"), "paper: 'x'"), (lambda: C.errata("x"), "paper: 'x'"),
+    (lambda: C.claims_table([], ["ma", "y"], "tiny"), "paper: 'y'")])
+def test_wrong_names_and_too_little_data_are_refused(call, said):
+    with pytest.raises(InputError, match=said): call()
+
+
+# ---------------------------------------------------------------- intervals
+
+@pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (20, 2.08596), (200, 1.97190)])
+def test_quantiles_of_students_t(df, t): assert C.t_quantile(0.95, df) == pytest.approx(t, abs=1e-4)
+
+
+def test_the_interval_over_seeds_is_paired():
+    "Seeds that move both systems alike don't widen it"
+    got = judged(pair(noise=0.0))
+    assert (got["ours"], got["low"], got["high"]) == pytest.approx((2, 2, 2)) and got["interval"] == "seeds"
+    assert C.seed_interval([0.0, 4.0]) == pytest.approx((2, 2 - 12.7062 * 2, 2 + 12.7062 * 2), abs=1e-3)
+
+
+def test_the_bootstrap_is_that_of_the_mean_and_repeatable():
+    d = np.random.default_rng(0).normal(1, 20, 800)
+    mean, low, high = C.video_interval(d)
+    half = 1.96 * d.std() / 800**0.5
+    assert mean == pytest.approx(d.mean(), abs=1e-4) and (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.15)
+    assert C.video_interval(d) == (mean, low, high) != C.video_interval(d, seed=1)
+
+
+# ---------------------------------------------------------------- verdicts
+
+@pytest.mark.parametrize("expected, printed, ours, verdict, why", [
+    ("greater", 2.0, (1.0, 0.1, 1.9), C.REPRODUCED, "as claimed"), ("greater", 2.0, (0.99, 0.1, 1.9), C.SMALLER, "less than half"),
+    ("greater", 2.0, (5.0, 0.0, 10.0), C.SMALLER, "not told from 0"), ("greater", 2.0, (0.0, -1.0, 1.0), C.FAILED, "opposite"),
+    ("greater", 2.0, (-2.0, -3.0, -1.0), C.FAILED, "excludes 0"), ("greater", 0.0, (2.0, 1.0, 3.0), C.CONTRADICTED, "printed +0"),
+    ("less", -2.0, (-1.5, -2.0, -1.0), C.REPRODUCED, "as claimed"), ("less", -2.0, (-0.5, -0.9, -0.1), C.SMALLER, "half"),
+    ("less", -2.0, (-1.0, -3.0, 1.0), C.SMALLER, "not told"), ("less", -2.0, (1.0, 0.5, 1.5), C.FAILED, "excludes 0"),
+    ("less", 0.6, (-1.0, -2.0, -0.5), C.CONTRADICTED, "claimed less"), ("less", NAN, (-0.01, -0.02, -0.005), C.REPRODUCED, "as claimed"),
+    ("not_greater", -1.0, (0.2, -0.1, 0.5), C.REPRODUCED, "within"), ("not_greater", -1.0, (-5.0, -9.0, -1.0), C.REPRODUCED, "within"),
+    ("not_greater", -1.0, (-0.1, -1.0, 0.8), C.SMALLER, "beyond"), ("not_greater", -1.0, (0.1, -1.0, 1.2), C.FAILED, "opposite"),
+    ("not_greater", 0.1, (0.0, 0.0, 0.0), C.CONTRADICTED, "claimed not greater"),
+    ("about_equal", 0.5, (0.0, -0.5, 0.5), C.REPRODUCED, "within"), ("about_equal", 0.5, (0.5, 0.0, 1.0), C.SMALLER, "beyond"),
+    ("about_equal", 0.5, (-0.6, -0.7, -0.5), C.FAILED, "opposite"), ("about_equal", -0.6, (0.0, 0.0, 0.0), C.CONTRADICTED, "about equal")])
+def test_every_branch_of_a_verdict(expected, printed, ours, verdict, why):
+    got = C.judge(expected, printed, *ours)
+    assert got[0] == verdict and why in got[1]
+
+
+@pytest.mark.parametrize("gains, verdict", [((2.0, 0.0), C.REPRODUCED), ((0.6, 0.0), C.SMALLER), ((0.0, 1.0), C.FAILED)])
+def test_verdicts_from_records(gains, verdict):
+    got = judged(pair(gains, noise=0.01))
+    assert got["verdict"] == verdict and got["seeds"] == 3 and len(got["runs"]) == 6
+    assert got["mark"] == MARK and got["commits"] == ("abc",) and got["scale"] == "tiny"
+
+
+def test_a_contradiction_comes_first_and_our_numbers_are_shown_all_the_same():
+    got = judged(pair(), "H-pool-han-vs-max.seg.AV")
+    assert got["verdict"] == C.CONTRADICTED and got["ours"] == pytest.approx(2, abs=0.5)
+    assert judged([], "H-pool-han-vs-max.seg.AV")["verdict"] == C.CONTRADICTED, "it needs no runs"
+
+
+def test_the_sides_are_not_exchanged():
+    assert judged(pair((5.0, 1.0), noise=0.0))["ours"] == pytest.approx(4)
+
+
+class Same:
+    "Video scores that are the same for every run, or 1 point apart"
+    def __init__(self, apart=0.0): self.apart = apart
+
+    def __call__(self, record):
+        shift = self.apart * (record["spec"]["options"]["pooling"] == "attentive")
+        return pd.DataFrame(np.full((5, 18), 50.0 + shift), columns=pd.MultiIndex.from_product([LEVELS, METRICS]))
+
+
+@pytest.mark.parametrize("records, id, videos, why", [
+    ([], "D-cremad.vid.accuracy", None, "another data set, cremad"), ([], "H-main-stpn.seg.V", None, "baseline STPN"),
+    ([], MAX, None, "no runs of HAN (loss=wsl+g, pooling=attentive"), (pair()[:3], MAX, None, "no runs of HAN (loss=wsl+g, pooling=max"),
+    (pair(seeds=(1,))[:1] + pair(seeds=(2,))[1:], MAX, None, "no seed in common"),
+    (pair(seeds=(1,)), MAX, None, "one seed, and no stored probabilities"),
+    (pair(seeds=(1,)), MAX, Same(), "identical scores in every test video"), (pair((1.0, 1.0), noise=0.0), MAX, None, "identical scores in every seed"),
+    ([record_of(system_of("dgm+msdu", v).spec(1, "tiny")) for v in ("", "gamma=none")], "D-loss-gap.na.train_loss_gap", None, "one seed, and a loss")])
+def test_what_cannot_be_tested_says_why(records, id, videos, why):
+    got = judged(records, id, videos)
+    assert got["verdict"] == C.UNTESTABLE and why in got["why"] and math.isnan(got["ours"])
+
+
+def test_one_seed_falls_back_on_videos_and_says_so():
+    got = judged(pair(seeds=(1,)), MAX, Same(1.5))
+    assert (got["interval"], got["seeds"], got["ours"], got["verdict"]) == ("videos", 1, 1.5, C.REPRODUCED)
+    table = C.claims_table(pd.DataFrame([got]))
+    assert C.VIDEO_NOTE in table.notes and table.rows[0].source == "ours, simulated, tiny, 1 seed"
+
+
+def test_means_over_several_metrics():
+    records = [record_of(system_of("dgm", "msdu=0").spec(s, "tiny"), noise=0) for s in (1, 2)] + [record_of(system_of("jomold").spec(s, "tiny"), noise=0) for s in (1, 2)]
+    for r in records[:2]: r["metrics"]["jomold"]["segment"]["AV"] -= 100      # the sentence leaves this one out
+    assert judged(records, "D-dgm-mean.seg.AVG")["ours"] == pytest.approx(1)
+
+
+def test_the_loss_gap_comes_from_the_history():
+    def record(v, gap, s): return record_of(system_of("dgm+msdu", v).spec(s, "tiny"), history=[{"epoch": 1, "val": {}, "loss": {"audio": 0.1, "visual": 0.1 + gap}}])
+    got = judged([record(v, g, s) for v, g in (("", 0.1), ("gamma=none", 0.3)) for s in (1, 2)], "D-loss-gap.na.train_loss_gap")
+    assert got["ours"] == pytest.approx(-0.2) and got["verdict"] == C.REPRODUCED
+
+
+# ---------------------------------------------------------------- one verdict per claim
+
+R, S, F, X, U = C.VERDICTS
+
+
+@pytest.mark.parametrize("verdicts, wanted", [
+    ([R], R), ([R, R, S], R), ([R, S], S), ([R, R, R, R, F], S), ([R, F, F], F), ([S, F], F), ([X, X, R], X), ([X, R], R), ([X, X, U], X),
+    ([U, U], U), ([X, U], U), ([X], X), ([R, U, U], R)])
+def test_the_verdict_of_a_claim(verdicts, wanted): assert C.claim_verdict(verdicts) == wanted
+
+
+def test_the_summary_counts_every_claim_and_line(lines):
+    counts = C.summary(lines)
+    assert counts.loc["lines"].to_numpy().sum() == len(lines) == len(C.claims())
+    assert counts.loc["claims"].to_numpy().sum() == C.claims()["claim"].nunique()
+    assert list(counts.columns) == list(C.VERDICTS) and list(counts.loc["lines"].index) == ["han", "ma", "dgm"]
+    assert counts.loc[("lines", "dgm"), R] == Counter(lines[lines["paper"] == "dgm"]["verdict"])[R]
+
+
+def test_the_table_of_claims(lines):
+    t = C.claims_table(lines, ["han", "ma"])
+    frame = C.claim_rows(lines)
+    assert [r.name for r in t.rows] == [c for c in frame.index if frame.loc[c, "paper"] in ("han", "ma")]
+    row = next(r for r in t.rows if r.name == "M-refine")
+    part = lines[lines["claim"] == "M-refine"]
+    assert row.mean["difference", "ours"] == pytest.approx(part["ours"].mean()) and row.mean["lines", X] == 1
+    assert set(row.info["runs"]) == {k for ks in part["runs"] for k in ks} and "simulated" in row.source
+    assert next(r for r in t.rows if r.name == "H-main-ave").mean["", "verdict"].startswith("not testable here (no system")
+    assert t.provenance["simulated"] and set(row.info["runs"]) <= set(t.provenance["runs"]) and t.mark == MARK
+    assert "says nothing about LLP" in t.notes[0] and C.RULE_NOTE in t.notes
+
+
+def test_records_of_other_scales_are_left_alone():
+    records = pair() + [record_of(system_of("han", v).spec(1, "small")) for v in (LEFT, RIGHT)]
+    assert C.judge_claims(records, "han", "tiny").set_index("id").loc[MAX, "seeds"] == 3
+
+
+def test_pictures(lines):
+    label = C.plot_verdicts(lines, "dgm").get_label()
+    assert label.startswith(f"Verdicts of {C.claims('dgm')['claim'].nunique()} claims")
+    assert "segment AV: printed -0.2" in C.plot_claim(lines, "H-pool-han-vs-max").get_label()
+    for call, said in ((lambda: C.plot_claim(lines, "x"), "x: no such claim"), (lambda: C.plot_verdicts(lines, "coleaf"), "paper: 'coleaf'")):
+        with pytest.raises(InputError, match=said): call()
+    C.plot_claim(C.judge_claims([], "han", "tiny"), "H-main-ave")      # a claim without any run of ours
+
+
+# ---------------------------------------------------------------- from a store
+
+def test_the_page_and_the_command(tmp_path, capsys):
+    store = Store(tmp_path / "store")
+    fill(store, all_specs("ma", "tiny", (1, 2)))
+    p = argparse.ArgumentParser()
+    C.add_arguments(p)
+    C.cmd_claims(p.parse_args(["ma", "--scale", "tiny", "--out", str(store.root)]))
+    out = capsys.readouterr().out
+    assert "**Claims of MA**" in out and "**Errors in the printed tables of ma**" in out
+    saved = sorted(f.name for f in (store.root / "tables").glob("*.json"))
+    assert saved == ["claims_ma_tiny_simulated.json", "errata_ma.json"]
+    text = (store.root / "tables" / saved[0]).read_text()
+    assert str(tmp_path) not in text and json.loads(text)["commit"] == ["abc"]
+    assert list(C.claims_page(store, scale="tiny")) == ["han", "ma", "dgm", "errata"]
+
+
+def test_an_empty_store_gives_reasons_not_errors(tmp_path):
+    lines = C.judge_claims(tmp_path / "nothing", "ma", "tiny")
+    assert set(lines["verdict"]) == {X, U} and set(lines["seeds"]) == {0}
+    assert all(r.source == "no runs" for r in C.claims_table(lines).rows)
+
+
+def test_video_scores_are_those_of_the_stored_probabilities(tmp_path, monkeypatch):
+    from avvp_nb import runs
+    monkeypatch.setitem(runs.SCALES, "tiny", Scale(4, 2, 12, 4, 3, "last"))
+    store, rng = Store(tmp_path), np.random.default_rng(0)
+    test = runs.load_data(DataSpec(), "tiny")["test"]
+    shape, records = test.dense_audio.shape, pair(seeds=(1,))
+    sizes = {"video": shape[::2], "audio": shape[::2], "visual": shape[::2], "segments": (*shape[:2], 2, shape[2])}
+    for r in records:
+        arrays = {stem + k: rng.random(s).astype(np.float16) for stem in ("", "without_") for k, s in sizes.items()}
+        path = store.probability_path(r["key"])
+        path.parent.mkdir(exist_ok=True)
+        np.savez(path, **arrays)
+        r["probabilities"] = {"file": path.name, "sha256": file_hash(path)}
+        r["metrics"]["han"] = runs.score(arrays, test)["han"]
+    videos = C.VideoScores(store, "tiny")
+    assert videos(records[0]).shape == (12, 18)
+    assert videos(records[0])["event", "V"].mean() == pytest.approx(records[0]["metrics"]["han"]["event"]["V"])
+    got = judged(records, MAX, videos)
+    a, b = (r["metrics"]["han"]["segment"]["A"] for r in records)
+    assert got["ours"] == pytest.approx(a - b, abs=1e-4) and got["interval"] == "videos"
+    pred = RULES["han"].decide(store.probabilities(records[0]))
+    assert evaluate(*pred, test.dense_audio, test.dense_visual).loc["segment", "A"] == pytest.approx(a)
+    store.probability_path(records[0]["key"]).unlink()
+    with pytest.raises(InputError, match="is missing or not the file"): C.VideoScores(store, "tiny")(records[0])
+
+
+# ---------------------------------------------------------------- errata
+
+def test_means_that_do_not_follow_from_their_parts():
+    "The counts of the transcription's own README, computed anew"
+    checks = C.mean_checks([*TABLES, "coleaf"])
+    count = {(p, t, m): (int(g["error"].sum()), len(g)) for (p, t, m), g in checks.groupby(["paper", "table", "metric"])}
+    assert {k[:2]: v for k, v in count.items() if k[2] == "Type@AV" and k[0] != "coleaf"} == {
+        ("han", "1"): (0, 6), ("han", "2"): (0, 14), ("ma", "1"): (1, 8), ("ma", "2"): (1, 8), ("ma", "3"): (2, 3), ("ma", "4"): (3, 4),
+        ("dgm", "I"): (3, 24), ("dgm", "IV"): (0, 6), ("dgm", "V"): (0, 6), ("dgm", "VI"): (0, 18), ("dgm", "VII"): (0, 8)}
+    assert count["dgm", "VI", "AVG"] == (0, 9) and count["dgm", "VII", "AVG"] == (0, 4)
+    flagged = reported_lines()
+    flagged = flagged[flagged["note"].str.contains("breaks Type@AV=") & flagged["paper"].isin(TABLES)]
+    assert checks.query("error and metric == 'Type@AV' and paper != 'coleaf'").shape[0] == len(flagged)
+
+
+def test_the_arithmetic_of_each_error_is_true():
+    for text in C.mean_checks(list(TABLES))["arithmetic"]:
+        sum_, mean = text.split(",")[0].split(" = ")
+        assert eval(sum_, {}) == pytest.approx(float(mean), abs=0.0051)
+    wrong = C.contradictions(list(TABLES))
+    for text, off in zip(wrong["arithmetic"], wrong["off"]):
+        left, right = text.split(",")[0].split(" = ")
+        assert eval(left, {}) == pytest.approx(float(right), abs=0.006) and float(right) == pytest.approx(off, abs=0.006)
+
+
+def test_disagreements_and_twins():
+    found = C.disagreements(list(TABLES))
+    assert set(found["row"]) == {"AVE", "MM-Pyramid", "CVCMS"} and (found["off"] > 0).all() and len(found) == 30
+    assert C.twins(list(TABLES))["row"].tolist() == ["HAN and MA baseline"]
+
+
+def test_the_errata_hold_every_kind():
+    t = C.errata()
+    assert set(t.frame[("", "error")]) == set(C.ERRATA) and t.mark == ""
+    assert len(C.errata("coleaf")) > 0 and len(C.errata(["han"])) < len(t)

@@ -1,0 +1,365 @@
+"""From printed rows to runs and back: the mapping, the sweep, the tables, the rules, the command."""
+import argparse
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from avvp_nb import reproduce as P
+from avvp_nb.core import InputError, content_hash, write_json
+from avvp_nb.metrics import LEVELS, METRICS, RULES
+from avvp_nb.report import reported, reported_lines
+from avvp_nb.runs import METHODS, SCALES, DataSpec, RunSpec, Store, identify, run_key
+
+MARK = "simulated v1 seed=0 world=7"
+GAIN = {"han": 0.0, "ma": 2.0, "jomold": 3.0, "jomold_estimator": -5.0, "dgm": 4.0}
+ALL = [(p, t) for p, ts in P.TABLES.items() for t in ts]
+each_table = pytest.mark.parametrize("paper, table", ALL)
+
+
+def record_of(spec, gain=None, noise=0.1, rules=None, **changes):
+    "A record with invented numbers for a real spec; the seed moves all systems alike, so pairing matters"
+    rng = np.random.default_rng([spec.seed, int(content_hash(spec.plain()), 16) % 2**32])
+    gain, rules = GAIN[spec.method] if gain is None else gain, rules or dict.fromkeys(RULES, 0.0)
+
+    def scores(shift):
+        x = {m: 50 + gain + shift + 2 * spec.seed + noise * rng.normal() for m in METRICS}
+        return x | {"Type@AV": (x["A"] + x["V"] + x["AV"]) / 3}
+
+    def epoch(e):
+        val = {f"{lv}/{m}": v for lv in LEVELS for m, v in scores(-abs(e - 3)).items()}
+        return {"epoch": e, "lr": 3e-4, "seconds": 1.0, "val": val, "loss": {"audio": 0.4, "visual": 0.3, "video": 0.2}}
+
+    identity, plain = identify(spec.data, "none")[0], spec.plain()
+    floors = {n: {lv: dict.fromkeys(METRICS, x) for lv in LEVELS} for n, x in (("nothing", 8.0), ("true segments", 100.0))}
+    return {"format": 1, "key": run_key(spec, identity), "spec": plain, "seed": spec.seed, "rule": plain["rule"],
+            "commit": "abc", "wall_time": 1.0, "selection": {"metric": "last", "epoch": 4}, "floors": floors,
+            "data": {"simulated": True, "mark": MARK, "identity": identity, "source": {}, "n": {}},
+            "history": [epoch(e) for e in range(1, 5)], "probabilities": {},
+            "metrics": {r: {lv: scores(s) for lv in LEVELS} for r, s in rules.items()}} | changes
+
+
+def fill(store, specs, **kw):
+    "Records of these specs in a store"
+    records = [record_of(s, **kw) for s in specs]
+    for r in records: write_json(r, store.record_path(r["key"]))
+    return records
+
+
+@pytest.fixture
+def store(tmp_path): return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    "Pretend to train: the list of what was trained"
+    calls = []
+
+    def run(spec, store, device="auto", progress="auto"):
+        calls.append(spec)
+        return fill(store, [spec])[0]
+
+    monkeypatch.setattr(P, "run", run)
+    return calls
+
+
+# ---------------------------------------------------------------- from rows to runs
+
+@each_table
+def test_every_printed_row_is_mapped_or_listed_as_printed_only(paper, table):
+    plan = P.plan(paper, table)
+    printed = reported(paper, table).reset_index()[["method", "variant"]].drop_duplicates()
+    assert [(r.method, r.variant) for r in plan.rows] == list(printed.itertuples(index=False, name=None))
+    for r in plan.rows:
+        assert (r.method in P.PRINTED_ONLY) == (not r.specs) == bool(r.reason)
+        assert [s.seed for s in r.specs] in ([], [1, 2, 3])
+    assert len({r.label for r in plan.rows}) == len(plan.rows)
+
+
+def test_all_llp_tables_of_f_scores_are_there_and_no_id_is_listed_in_vain():
+    lines = reported_lines()
+    part = lines[lines["paper"].isin(P.TABLES) & (lines["dataset"] == "llp") & (lines["table"] != "text")]
+    assert set(ALL) == set(part[["paper", "table"]].itertuples(index=False, name=None))
+    assert set(P.BASE) | set(P.PRINTED_ONLY) == {m.partition("@")[0] for m in part["method"]}
+    assert not set(P.BASE) & set(P.PRINTED_ONLY)
+
+
+@each_table
+def test_distinct_rows_of_a_table_are_distinct_experiments(paper, table):
+    experiments = [P.experiment(r.specs[0].plain()) for r in P.plan(paper, table).rows if r.specs]
+    assert len(set(experiments)) == len(experiments)
+
+
+@pytest.mark.parametrize("a, b", [
+    (("han", "1", "han", ""), ("dgm", "VII", "han", "")),
+    (("han", "1", "han", ""), ("han", "2", "han", "loss=wsl+g;pooling=attentive;temporal=han;noisy_label=label_smoothing")),
+    (("ma", "1", "ma", ""), ("ma", "4", "ma", "contrastive=1;refine=both;tau=0.2")),
+    (("ma", "2", "ma_wo_cl", "contrastive=0;refine=both"), ("dgm", "I", "ma_wo_cl", "")),
+    (("dgm", "I", "dgm+msdu", ""), ("dgm", "VI", "dgm+msdu", "gamma=0.1;measure=fusion;msdu=1"))])
+def test_the_same_experiment_in_two_tables_is_one_run(a, b):
+    specs = [next(r.specs[0] for r in P.plan(*x[:2]).rows if (r.method, r.variant) == x[2:]) for x in (a, b)]
+    assert run_key(specs[0], {}) == run_key(specs[1], {}) and len(P.distinct(specs)) == 1
+
+
+@pytest.mark.parametrize("method, variant, options", [
+    ("mmil_base", "loss=wsl;pooling=attentive;temporal=none;noisy_label=none", {"loss": "wsl", "temporal": "none", "noisy": "none"}),
+    ("mmil+gru", "loss=wsl+g;pooling=mean;temporal=gru;noisy_label=bootstrap", {"temporal": "gru", "pooling": "mean", "noisy": "bootstrap"}),
+    ("ma_baseline", "", {"contrast": False, "refine": "none"}), ("ma", "tau=0.3", {"tau": 0.3, "contrast": True}),
+    ("dgm", "gamma=0.1;measure=fusion;msdu=0", {"msdu": False, "gamma": 0.1}), ("jomold_wo_cl", "", {"contrast": False}),
+    ("dgm+msdu", "gamma=none;msdu=1", {"modulate": False, "msdu": True})])
+def test_variants_become_options(method, variant, options):
+    full = P.system_of(method, variant).spec().full_options
+    assert {k: full[k] for k in options} == options
+
+
+def test_dgm_stands_on_jomold_unless_the_paper_says_otherwise():
+    assert P.system_of("dgm+msdu").spec().backbone == "jomold"
+    assert P.system_of("dgm+msdu@han").spec().backbone == "han"
+    assert all(m in METHODS for m, _ in P.BASE.values())
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: P.plan("hna", 1), "paper: 'hna' is not possible. expected one of 'han', 'ma', 'dgm'"),
+    (lambda: P.plan("dgm", "III"), "table of dgm: 'III' is not possible. expected one of 'I', 'IV'"),
+    (lambda: P.plan("ma", 1, "huge"), "scale: 'huge'"), (lambda: P.plan("ma", 1, seeds=[]), "no seeds"),
+    (lambda: P.plan("ma", 1, seeds=["one"]), "seed: "),
+    (lambda: P.system_of("hann"), "did you mean 'han'"), (lambda: P.system_of("ma", "t=1"), "variant 't=1': 't' is not possible"),
+    (lambda: P.all_tables(None, "VI"), "needs one paper"), (lambda: P.all_specs("x"), "paper: 'x'"),
+    (lambda: P.reproduce("dgm", "II"), "table of dgm: 'II'")])
+def test_unknown_names_are_refused_with_what_is_possible(call, said):
+    with pytest.raises(InputError, match=said.replace("(", r"\(")): call()
+
+
+def test_seeds_follow_the_scale():
+    assert [len(P.default_seeds(s)) for s in ("tiny", "small", "full")] == [1, 3, 5]
+    assert set(P.SEEDS) == set(SCALES)
+
+
+def test_the_whole_set_holds_every_table_once_with_its_first_stages():
+    specs = P.all_specs(seeds=(1,))
+    keys = {run_key(s, {}) for s in specs}
+    assert len(keys) == len(specs)
+    for p, t in ALL: assert {run_key(s, {}) for s in P.plan(p, t, seeds=(1,)).specs} <= keys
+    at = {run_key(s, {}): i for i, s in enumerate(specs)}
+    for s in specs:
+        for f in s.base.first(s): assert at[run_key(f, {})] < at[run_key(s, {})], "a stage comes before what needs it"
+    assert any(s.full_options.get("modulate") is False for s in specs), "DGM, Fig. 5"
+    assert len(P.all_specs("han", seeds=(1, 2))) == 2 * 14
+
+
+# ---------------------------------------------------------------- the sweep
+
+def test_a_sweep_trains_what_is_missing_and_counts_the_whole(store, trained, capsys):
+    specs = P.plan("ma", 3, "tiny").specs
+    assert P.sweep(specs, store) == 4 and len(trained) == 4     # three rows and their common base
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4 runs, 0 of them recorded" and [x[:5] for x in lines[1:]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert "left" not in lines[1] and all("left" in x for x in lines[2:])
+    assert P.sweep(P.plan("ma", 2, "tiny").specs, store) == 2
+    assert "[3/4]" in capsys.readouterr().out and len(trained) == 6
+    assert P.sweep(specs, store, progress="off") == 0 and capsys.readouterr().out == ""
+
+
+def test_an_interrupted_sweep_continues(store, monkeypatch):
+    specs, done = P.plan("han", 2, "tiny").specs, []
+
+    def run(spec, store, *a):
+        if len(done) == 5 and done.append("stop") is None: raise KeyboardInterrupt
+        done.append(spec)
+        return fill(store, [spec])[0]
+
+    monkeypatch.setattr(P, "run", run)
+    with pytest.raises(KeyboardInterrupt): P.sweep(specs, store, progress="off")
+    assert P.sweep(specs, store, progress="off") == 14 - 5
+
+
+def test_a_run_that_diverges_does_not_stop_the_others_and_is_named(store, monkeypatch):
+    def run(spec, store, *a):
+        if spec.full_options["pooling"] == "max": raise FloatingPointError("loss is nan")
+        return fill(store, [spec])[0]
+
+    monkeypatch.setattr(P, "run", run)
+    with pytest.raises(FloatingPointError, match=r"2 of 14 runs diverged: han \(.*pooling=max"):
+        P.sweep(P.plan("han", 2, "tiny").specs, store, progress="off")
+    assert len(store.records()) == 12
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")])
+def test_durations(seconds, text): assert P.duration(seconds) == text
+
+
+# ---------------------------------------------------------------- tables
+
+@each_table
+def test_each_table_is_rendered_with_printed_numbers_differences_and_floors(paper, table):
+    plan = P.plan(paper, table, "tiny", (1, 2))
+    records = [record_of(s) for s in plan.specs]
+    t = P.render(plan, records)
+    for r in plan.rows:
+        assert [x.kind for x in t.rows if x.name == r.label] == (["ours", "printed", "difference"] if r.specs else ["printed"])
+    assert [r.name for r in t.rows if r.kind == "floor"] == ["nothing", "true segments"]
+    order = [r.name for r in t.rows if r.kind == "printed"]
+    assert order == [r.label for r in plan.rows]
+    row = next(r for r in plan.rows if r.specs)
+    own, printed, diff = (t.row(row.label, k) for k in ("ours", "printed", "difference"))
+    values = [r["metrics"][r["rule"]]["segment"]["A"] for r in records if P.experiment(r["spec"]) == P.experiment(row.specs[0].plain())]
+    assert own.mean["segment", "A"] == pytest.approx(np.mean(values)) and own.sd["segment", "A"] == pytest.approx(np.std(values, ddof=1))
+    assert printed.mean["segment", "A"] == plan.printed(row).loc[(paper, table, row.method, row.variant, "segment"), "A"]
+    assert diff.mean["segment", "A"] == pytest.approx(own.mean["segment", "A"] - printed.mean["segment", "A"])
+    assert len(own.info["runs"]) == 2 and all("simulated" in r.source for r in t.rows if r.kind != "printed")
+
+
+def test_a_half_finished_table_says_what_is_missing():
+    plan = P.plan("ma", 3, "tiny", (1, 2))
+    t = P.render(plan, [record_of(s) for s in (*plan.rows[0].specs, plan.rows[1].specs[0])])
+    assert "Not run yet: MA (refine=both)." in t.notes and "Seeds missing: MA (refine=visual) (1 of 2 seeds)." in t.notes
+    assert [r.kind for r in t.rows if r.name == "MA (refine=both)"] == ["printed"]
+    with pytest.raises(InputError, match="none of its runs is recorded.*reproduce ma --table 3"): P.render(plan, [])
+
+
+def test_records_of_another_scale_or_other_data_are_not_taken(store):
+    from avvp_nb.simulate import SimParams
+    spec = P.system_of("han").spec
+    other = DataSpec(sim=SimParams(seed=9))
+    fill(store, [spec(1, "tiny"), spec(1, "small"), spec(1, "tiny", other)])
+    assert len(store.records()) == 3 and len(P.load_records(store, "tiny")) == 1
+    assert len(P.load_records(store, "tiny", other)) == 1 and P.load_records(store, "full") == []
+    with pytest.raises(InputError, match="different scales"): P.by_experiment([record_of(spec(1, s)) for s in ("tiny", "small")])
+
+
+def test_reproduce_trains_renders_and_saves_without_machine_paths(store, trained):
+    tables = P.reproduce("dgm", "VI", "tiny", (1, 2), store, progress="off")
+    assert list(tables) == ["dgm VI"] and len(trained) == 9 * 2 + 2      # the noise estimator once a seed
+    stem = P.table_stem(P.plan("dgm", "VI", "tiny"), store, DataSpec())
+    saved = {s: stem.with_name(stem.name + s).read_text() for s in (".md", ".html", ".tex", ".csv", ".json")}
+    prov = json.loads(saved[".json"])
+    assert len(prov["runs"]) == 18 and prov["simulated"] and prov["parameters"]["data"] == "simulated"
+    assert not any(str(store.root) in text for text in saved.values())
+    again = P.reproduce("dgm", "vi", "tiny", (1, 2), store, train=False)
+    assert len(trained) == 20 and again["dgm VI"].to_csv() == saved[".csv"]
+
+
+def test_a_paper_is_all_its_tables_and_several_papers_share_runs(store, trained):
+    tables = P.reproduce(["han", "ma"], scale="tiny", store=store, progress="off")
+    assert list(tables) == ["han 1", "han 2", "ma 1", "ma 2", "ma 3", "ma 4"]
+    assert len({P.experiment(s.plain()) for s in trained}) == len(trained)
+
+
+def test_nothing_is_trained_when_the_input_is_wrong(store, trained, tmp_path):
+    for wrong in (dict(paper="dgm", table="X"), dict(paper="dgm", scale="x"), dict(paper="dgm", seeds=()),
+                  dict(paper="dgm", data=DataSpec(annotations=str(tmp_path / "none")))):
+        with pytest.raises(InputError): P.reproduce(store=store, **wrong)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="could not be written"): P.reproduce("han", store=tmp_path / "file")
+    assert trained == []
+
+
+def test_the_kind_of_data_is_in_the_file_name():
+    kinds = [P.data_kind(d) for d in (DataSpec(), DataSpec("a"), DataSpec("a", "f"))]
+    assert kinds == ["simulated", "annotated", "real"]
+
+
+def test_a_table_of_real_runs(store, monkeypatch):
+    "No invented record: one real run of HAN in a fraction of its size"
+    from micro import install
+    install(monkeypatch.setitem)
+    t = P.reproduce("han", 1, "micro", store=store, device="cpu", progress="off")["han 1"]
+    floors = [r.name for r in t.rows if r.kind == "floor"]
+    assert floors[0] == "nothing" and {"true video-level label per modality", "true segments"} <= set(floors)
+    assert t.row("HAN").info["seeds"] == 1 and t.mark.startswith("simulated")
+
+
+# ---------------------------------------------------------------- rules and selection
+
+RULE = {"han": 0.0, "ma": 1.0, "jomold": 2.0, "cmpae": 0.5, "coleaf": -1.0}
+
+
+def seeds_of(method, seeds=(1, 2, 3), **kw): return [record_of(P.system_of(method).spec(s, "tiny"), noise=0, rules=RULE, **kw) for s in seeds]
+
+
+def test_methods_times_rules():
+    t = P.cross_table({"HAN": seeds_of("han"), "JoMoLD": seeds_of("jomold")}, metrics=[("event", "V")])
+    assert t.columns == [("event V", r) for r in RULES]
+    assert t.row("JoMoLD").mean["event V", "coleaf"] - t.row("HAN").mean["event V", "ma"] == pytest.approx(3 - 2)
+    assert "own rule jomold" in t.row("JoMoLD").source and t.mark == MARK
+    with pytest.raises(InputError, match="rule of run"): P.cross_table({"HAN": seeds_of("han")}, rules=["x"])
+    with pytest.raises(InputError, match="no run records"): P.cross_table({})
+
+
+def test_headline_names_the_main_systems():
+    records = seeds_of("han") + seeds_of("dgm+msdu@han") + seeds_of("ma_cl_only")
+    assert {k: len(v) for k, v in P.headline(records).items()} == {"HAN": 3, "DGM+MSDU on HAN": 3}
+
+
+def test_the_part_of_a_gain_that_is_the_rule():
+    own, ref = seeds_of("jomold"), seeds_of("han", (2, 3, 4))
+    row = P.rule_share(own, ref).rows[0]
+    assert row.mean == pytest.approx({("", "gain"): 5, ("model: both under", "han"): 3, ("model: both under", "jomold"): 3,
+                                      ("", "rule"): 2, ("", "rule, % of gain"): 40})
+    assert row.info["seeds"] == 2 and len(row.info["runs"]) == 4
+    one = P.rule_share(own, ref, common="cmpae").rows[0].mean
+    assert [k for k in one if k[0]] == [("model: both under", "cmpae")]
+
+
+def test_the_two_ways_to_split_are_averaged():
+    own, ref = seeds_of("jomold", (1,))[0], seeds_of("han", (1,))[0]
+    own["metrics"]["jomold"]["event"]["A"] += 4        # the rule helps the new method more than the old one
+    parts = P.split_gain(own, ref, ("event", "A"))
+    assert parts["", "gain"] == pytest.approx(9) and parts["", "rule"] == pytest.approx((6 + 2) / 2)
+
+
+def test_no_share_of_a_gain_that_is_not_there():
+    row = P.rule_share(seeds_of("han", gain=0.1), seeds_of("han")).rows[0]
+    assert row.mean["", "rule"] == 0 and np.isnan(row.mean["", "rule, % of gain"])
+    with pytest.raises(InputError, match=r"no seed in common: \[1\] and \[2\]"):
+        P.rule_share(seeds_of("ma", (1,)), seeds_of("han", (2,)))
+
+
+def test_gains_under_every_rule_and_their_picture():
+    groups = {"HAN": seeds_of("han"), "JoMoLD": seeds_of("jomold")}
+    frame = P.gains(groups, "HAN")
+    assert frame.loc["JoMoLD"].to_dict() == pytest.approx({"own rules": 5, **dict.fromkeys(RULES, 3)})
+    assert "JoMoLD: +5.0 under own rules, +3.0 to +3.0" in P.plot_gains(groups, "HAN").get_label()
+    with pytest.raises(InputError, match="reference: 'x'"): P.gains(groups, "x")
+
+
+def test_selection_metrics_pick_from_history_with_ties_to_the_later_epoch():
+    frame = pd.DataFrame({"event/A": [1.0, 2.0, 2.0, 1.0]}, index=[1, 2, 3, 4])
+    assert P.picked_epoch(frame, "event/A") == 3 and P.picked_epoch(frame, "last") == 4
+    with pytest.raises(InputError, match="selector: 'x'"): P.picked_epoch(frame, "x")
+    t = P.selection_effect({"HAN": seeds_of("han")})
+    epochs = [r.mean["kept", "epoch"] for r in t.rows]
+    assert epochs == [3, 3, 3, 4] and "unknown" in t.notes[-1]
+    assert t.rows[2].mean["validation score there", "avg10"] - t.rows[3].mean["validation score there", "avg10"] == pytest.approx(1)
+
+
+def test_a_history_without_validation_is_refused():
+    for history in ([], [{"epoch": 1, "val": {}}], [{"epoch": 1}]):
+        with pytest.raises(InputError, match="has no validation scores"): P.validation({"key": "k", "history": history})
+
+
+# ---------------------------------------------------------------- the command
+
+def parse(*argv):
+    p = argparse.ArgumentParser()
+    P.add_arguments(p)
+    return p.parse_args([str(a) for a in argv])
+
+
+def test_the_command(store, trained, capsys):
+    P.cmd_reproduce(parse("ma", "--table", 4, "--scale", "tiny", "--seeds", 1, 2, "--out", store.root, "--progress", "off"))
+    out = capsys.readouterr().out
+    assert "**MA, Table 4, at scale tiny" in out and "1 table saved below" in out and len(trained) == 16
+    P.cmd_reproduce(parse("all", "--scale", "tiny", "--seeds", 1, "--out", store.root))
+    assert "11 tables saved below" in capsys.readouterr().out
+    n = len(trained)
+    P.cmd_reproduce(parse("dgm", "--scale", "tiny", "--seeds", 1, "--out", store.root, "--no-train"))
+    assert len(trained) == n
+    with pytest.raises(InputError, match="paper: 'x'"): P.cmd_reproduce(parse("x"))
+
+
+def test_the_arguments_say_where_the_data_are():
+    data = P.data_of(parse("ma", "--annotations", "a", "--features", "f", "--audio-table", "2020"))
+    assert (data.annotations, data.features, data.audio_table) == ("a", "f", "2020")
+    assert isinstance(P.System("han").spec(data=data), RunSpec)
