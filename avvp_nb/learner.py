@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'epoch_seed', 'batches', 'Callback', 'predict', 'pick_device', 'deterministic_mode', 'NotFiniteError',
-           'check_terms', 'Loop', 'Learner', 'ValidateCB', 'CheckpointCB', 'epoch_line', 'ProgressCB']
+           'check_terms', 'Loop', 'Learner', 'ValidateCB', 'ScoreCB', 'CheckpointCB', 'epoch_line', 'ProgressCB']
 
 # %% ../nbs/07_learner.ipynb #0eff7b26
 import io
@@ -192,6 +192,18 @@ class ValidateCB(Callback):
 
     def after_fit(self, learner):
         if self.state is not None: learner.model.load_state_dict(self.state)
+
+# %% ../nbs/07_learner.ipynb #975f17c5
+class ScoreCB(Callback):
+    "Log the mean video-level probability of the labelled classes in each epoch, by modality"
+    def before_epoch(self, learner): self.sums = torch.zeros(3, device=learner.device)    # audio, visual, labels
+    @torch.no_grad()
+    def after_loss(self, learner):
+        p, y = learner.parsing, learner.batch.weak
+        self.sums += torch.stack([(p.audio*y).sum(), (p.visual*y).sum(), y.sum()])
+    def after_epoch(self, learner):
+        audio, visual, n = self.sums.tolist()
+        learner.log["scores"] = {"audio": audio/max(n, 1), "visual": visual/max(n, 1)}
 
 # %% ../nbs/07_learner.ipynb #33f1c99e
 class CheckpointCB(Callback):

@@ -6,9 +6,9 @@
 __all__ = ['SMOOTHING', 'PROTOCOLS', 'GLOBAL_TARGETS', 'RECIPE', 'LOSS', 'RULE', 'REFINE', 'FORMAT', 'LIST_COLUMNS', 'UNUSED',
            'similarity', 'contrast', 'contrastive', 'MALoss', 'recipe', 'draw_partners', 'SwapTest', 'assembled',
            'Track', 'reusable', 'make_track', 'stream', 'assembled_from_tracks', 'swap_test', 'Errors', 'hamming_error',
-           'normalised', 'error_rates', 'refine_labels', 'Refinement', 'refine', 'plot_swap', 'read_removed', 'ma_keys']
+           'normalised', 'error_rates', 'refine_labels', 'Refinement', 'refine', 'read_removed', 'ma_keys']
 
-# %% ../nbs/11_ma.ipynb #64c5d8dd
+# %% ../nbs/11_ma.ipynb #50833029
 import io
 import json
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from .core import CLASSES, MODALITIES, PALETTE, InputError, atomic_write, check_choice, content_hash, did_you_mean
+from .core import CLASSES, MODALITIES, InputError, atomic_write, check_choice, content_hash, did_you_mean
 from .han import HAN, HybridAttention, han_keys
 from .han import UNUSED as HAN_UNUSED
 from .losses import GuidedLoss, without_removed
@@ -412,29 +412,6 @@ def _why(ref, i, classes) -> str:
     for c in np.flatnonzero(ref.weak[i]):
         lines += [f"  {classes[c]}"] + [f"    {_account(ref, i, c, m)}" for m in (0, 1)]
     return "\n".join(lines)
-
-# %% ../nbs/11_ma.ipynb #3a6cf9e1
-def plot_swap(ref: Refinement,   # with probabilities
-              i,                 # position or name of a video
-              classes=None):     # names of the classes
-    "Confidences of one video's labels: original, own picture only, own sound only; returns the figure"
-    import matplotlib.pyplot as plt
-    if ref.swap is None: raise InputError("a list without confidences", where="plot_swap", expected="the result of `refine`")
-    i, s, names = _position(ref, i), ref.swap, ref.names(classes)
-    cs = np.flatnonzero(ref.weak[i]); y = np.arange(len(cs))
-    fig, axs = plt.subplots(1, 3, figsize=(8, 1.3 + .45*len(cs)), sharey=True, layout="constrained")
-    panels = [("original", s.a, s.v, None, None), ("own picture, other sound", s.a_a, s.v_a, ref.errors.visual, ref.removed_visual),
-              ("own sound, other picture", s.a_v, s.v_v, ref.errors.audio, ref.removed_audio)]
-    for ax, (title, a, v, error, removed) in zip(axs, panels):
-        for p, m, shift in ((a, "audio", -.18), (v, "visual", .18)): ax.barh(y + shift, p[i, cs], .34, color=PALETTE[m], label=f"{m} stream")
-        if error is not None:
-            ax.vlines(ref.threshold*error[cs], y - .42, y + .42, color=PALETTE["truth"], lw=1.5)
-            for k in np.flatnonzero(removed[i, cs]): ax.text(.98, k, "removed", ha="right", va="center", fontsize=8, color=PALETTE["truth"])
-        ax.set(xlim=(0, 1), title=title, xlabel="probability"); ax.title.set_fontsize(9)
-    axs[0].set_yticks(y, [names[c] for c in cs]); axs[0].set_ylim(len(cs) - .5, -.5)
-    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=7)
-    if ref.source.get("mark"): fig.supxlabel(ref.source["mark"], fontsize=7, color=PALETTE["grey"])
-    return fig
 
 # %% ../nbs/11_ma.ipynb #d2eed18f
 def _table(ref, classes) -> pd.DataFrame:

@@ -14,7 +14,7 @@ __all__ = ['AVG', 'ROW', 'NAMES', 'NEEDED', 'GROUPS', 'SHORT', 'TEX', 'PAGE', 'S
            'plot_modulation', 'segments_of', 'strip_lanes', 'check_classes', 'class_name', 'strip_plot', 'one_score',
            'pick_videos', 'class_colours', 'timeline_lanes', 'plot_timelines']
 
-# %% ../nbs/21_report.ipynb #59e2e3cf
+# %% ../nbs/21_report.ipynb #e0652e2e
 import html
 import math
 import re
@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 
 from .core import CLASSES, PALETTE, InputError, asset, atomic_write, check_choice, content_hash, file_hash, write_json
-from .metrics import LEVELS, METRICS, STANDARD
+from .metrics import LEVELS, METRICS, RULES, STANDARD
 
 # %% ../nbs/21_report.ipynb #7f039eb3
 AVG = ("segment+event", "AVG")  # column of the mean of the ten standard numbers (DGM, Tables VI and VII)
@@ -664,7 +664,7 @@ def stack(tables,            # of `Table`
     return Table(rows, caption or tables[0].caption, columns, list(dict.fromkeys(n for t in tables for n in t.notes)),
                  prov)
 
-# %% ../nbs/21_report.ipynb #51f8e977
+# %% ../nbs/21_report.ipynb #4a31fba6
 def rules_table(records,        # one record, or the seeds of one experiment
                 caption: str = "",
                 metrics=METRICS) -> Table:
@@ -672,7 +672,7 @@ def rules_table(records,        # one record, or the seeds of one experiment
     records = checked(records)
     check_repeats("rules_table", records)
     rows = []
-    for rule in records[0]["metrics"]:
+    for rule in [r for r in RULES if r in records[0]["metrics"]]:
         row = our_row(rule + (" (own)" if rule == records[0]["rule"] else ""), records, rule)
         rows.append(row)
     notes = simulated_note(mark_of(records), False)

@@ -11,7 +11,7 @@ __all__ = ['SCALES', 'HAN_OPTIONS', 'LOSSES', 'NOISY', 'MA_OPTIONS', 'MA_REFINE'
            'floor_scores', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'load_weights', 'product_of',
            'refinement_of', 'network_sizes', 'train', 'make_record', 'run', 'finish', 'run_many', 'describe']
 
-# %% ../nbs/20_runs.ipynb #fd67d293
+# %% ../nbs/20_runs.ipynb #34f6b631
 import json
 import os
 import platform
@@ -42,7 +42,7 @@ from .han import HAN, RECIPE, TEMPORAL
 from .han import PROTOCOLS as HAN_PROTOCOLS
 from .jomold import RECIPE as JOMOLD_RECIPE
 from .jomold import RELEASED_RATIOS, WARMUPS, DenoiseCB, JoMoLD, JoMoLDLoss, NoiseEstimator, estimate_ratios
-from .learner import CheckpointCB, Learner, ProgressCB, ValidateCB, pick_device, predict
+from .learner import CheckpointCB, Learner, ProgressCB, ScoreCB, ValidateCB, pick_device, predict
 from .losses import GuidedLoss
 from .ma import PROTOCOLS as MA_PROTOCOLS
 from .ma import RECIPE as MA_RECIPE
@@ -468,7 +468,7 @@ def refinement_of(record: dict, store: "Store") -> Refinement:
     if record["spec"]["method"] != "ma" or not record["first"]: raise InputError("has no refinement", where=record["key"], expected="a run of MA that refines")
     return Refinement.load(store.product_path(f"ma-{content_hash([record['first'], MA.product_key(record['spec'])])}"))
 
-# %% ../nbs/20_runs.ipynb #6d3ef9ba
+# %% ../nbs/20_runs.ipynb #e937931a
 def network_sizes(clips) -> dict:
     "Class count and feature widths of a network for these clips"
     return {"classes": clips.weak.shape[1], "audio_dim": clips.audio.shape[2], "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2]}
@@ -480,7 +480,7 @@ def train(spec: RunSpec, data: Data, checkpoint, signature: str, product=None, d
     model, loss, callbacks = METHODS[spec.method].build(plain, network_sizes(clips), product)
     r = spec.recipe()
     keep = ValidateCB(data["val"], plain["rule"], r.pop("select"))
-    callbacks = [*callbacks, keep, ProgressCB(progress), CheckpointCB(checkpoint, signature)]
+    callbacks = [*callbacks, ScoreCB(), keep, ProgressCB(progress), CheckpointCB(checkpoint, signature)]
     learner = Learner(model, clips, loss, **r, seed=spec.seed, device=device, precision=spec.precision, callbacks=callbacks)
     if learner.device.type != "cpu": learner.train = clips.to(learner.device)
     return learner.fit(), keep
@@ -512,7 +512,7 @@ def run(spec: RunSpec,           # what to run
         product, first = product_of(spec, store, device, progress)
         data = load_data(spec.data, spec.scale, store.root/"cache")
         learner, keep = train(spec, data, store.checkpoint_path(key), key, product, device, progress)
-        return finish(store, make_record(key, spec, data, learner, keep, first), data["test"], learner.model)
+        return finish(store, make_record(key, spec, data, learner, keep, first), data["test"], learner.model)   # as read back
 
 def finish(store: Store, record: dict, test, model) -> dict:
     "Score a trained model, write probabilities, weights and, last, the record"
@@ -524,7 +524,7 @@ def finish(store: Store, record: dict, test, model) -> dict:
                "probabilities": {"file": store.probability_path(key).name, "sha256": file_hash(store.probability_path(key))}}
     write_json(record, store.record_path(key))
     store.checkpoint_path(key).unlink(missing_ok=True)
-    return record
+    return store.record(key)
 
 # %% ../nbs/20_runs.ipynb #3cddef90
 def run_many(specs, store="runs", device: str = "auto", progress: str = "auto") -> list:

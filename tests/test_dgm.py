@@ -361,9 +361,10 @@ def adam_by_hand(grads, start, rate, scales):
 
 @pytest.mark.parametrize("noise", [False, True])
 def test_update_scales_what_adam_makes_of_the_gradient(noise):
-    model, keep, dgm = net(), Grads(), Mus(1., apply="update", noise=noise)
+    model, clean, keep, dgm = net(), Grads(), Grads(), Mus(1., apply="update", noise=noise)
     start = {k: p.detach().clone() for k, p in model.named_parameters()}
-    fit(model, dgm, keep, epochs=3)
+    fit(model, clean, dgm, keep, epochs=3)
+    if not noise: assert all(torch.equal(a[k], b[k]) for a, b in zip(clean.grads, keep.grads) for k in a)   # gradients are left alone
     owner = {k: m for m, who in enumerate(("audio", "visual")) for k in groups(model)[who]}
     assert min(min(m) for m in dgm.all) < .5
     for k, p in model.named_parameters():

@@ -159,8 +159,16 @@ def test_looking_does_not_change_what_is_seen(tmp_path):
     assert losses(got.history) == losses(want.history) and same_weights(got.model, want.model)
 
 
+def test_every_epoch_has_its_own_dropout():
+    class Draw(Callback):
+        def before_batch(self, ln): self.seen = [*getattr(self, "seen", []), tuple(torch.rand(3).tolist())]
+    a, b, c = Draw(), Draw(), Draw()
+    for cb, seed in ((a, 1), (b, 1), (c, 2)): learner(cb, epochs=4, seed=seed).fit()
+    assert a.seen == b.seen and len({*a.seen, *c.seen}) == 2 * 4 * 4
+
+
 def test_dropout_is_on_in_training_only():
-    "Different masks an epoch, none in prediction, and the mode is put back"
+    "None in prediction, and the mode is put back"
     model = toy_han(dropout=.5)
     a, b = predict(model, VALID), predict(model, VALID)
     assert model.training and (a.segments == b.segments).all()

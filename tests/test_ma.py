@@ -621,17 +621,6 @@ def test_the_published_list(llp, llp_stats):
     assert speech["ma_removed_visual"] < speech["true_rate_visual_valtest"] * labels
 
 
-def test_plot(base, found):
-    import matplotlib
-    matplotlib.use("Agg")
-    i = int(np.argwhere(found.removed_visual)[0][0])
-    fig = ma.plot_swap(found, i)
-    assert [ax.get_title() for ax in fig.axes][1:] == ["own picture, other sound", "own sound, other picture"]
-    widths = [b.get_width() for b in fig.axes[1].patches]
-    cs = np.flatnonzero(found.weak[i])
-    np.testing.assert_allclose(widths, [*found.swap.a_a[i, cs], *found.swap.v_a[i, cs]])
-    assert "removed" in [t.get_text() for t in fig.axes[1].texts]
-
 
 def test_assembled_orders_its_arguments():
     "First whose sound, then whose picture"
