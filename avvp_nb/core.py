@@ -7,11 +7,12 @@ __all__ = ['CLASSES', 'MODALITIES', 'PALETTE', 'InputError', 'did_you_mean', 'ch
            'write_json', 'read_json', 'content_hash', 'file_hash', 'Parsing', 'check_type', 'ParameterCheck', 'asset',
            'shared']
 
-# %% ../nbs/00_core.ipynb #1f382e89
+# %% ../nbs/00_core.ipynb #00a66b40
 import difflib
 import hashlib
 import json
 import os
+import types
 import typing
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -149,7 +150,7 @@ class Parsing:
         parts = [p.numpy() for p in parts]
         return cls(**{k: np.concatenate([getattr(p, k) for p in parts]) for k in parts[0].arrays()})
 
-# %% ../nbs/00_core.ipynb #b9b8ca13
+# %% ../nbs/00_core.ipynb #5b7b14eb
 def check_type(value,          # what was given
                hint,           # the declared type: bool, int, float, str, list[...], Optional[...]
                name: str = "parameter"):
@@ -157,7 +158,7 @@ def check_type(value,          # what was given
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     shown = getattr(hint, "__name__", str(hint)) if not args else str(hint).replace("typing.", "")
     wrong = InputError(f"{value!r} is a {type(value).__name__}", where=name, expected=shown, fix="nothing was run")
-    if origin is typing.Union:
+    if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args: return None
         for a in args:
             if a is type(None): continue
@@ -172,17 +173,18 @@ def check_type(value,          # what was given
     if not isinstance(value, hint): raise wrong
     return value
 
-# %% ../nbs/00_core.ipynb #4ad1f305
+# %% ../nbs/00_core.ipynb #fc835738
 class ParameterCheck:
     "Snapshot of a namespace before the `parameters` cell; call it after that cell to check what appeared"
     def __init__(self, namespace: dict):  # `globals()` of the notebook
-        self.ns, self.before = namespace, set(namespace)
+        self.ns, self.before = namespace, dict(namespace)
         namespace.pop("__annotations__", None)  # what is annotated from here on is a parameter
 
     def __call__(self) -> dict:  # parameter names to checked values
         "Raise an `InputError` for a name that was not declared or a value of another type"
         hints = dict(self.ns.get("__annotations__", {}))
-        given = [k for k, v in self.ns.items() if k not in self.before and not k.startswith("_") and v is not self]
+        def new(k, v): return self.before.get(k, self) is not v and v is not self and not k.startswith("_")
+        given = [k for k, v in self.ns.items() if new(k, v)]
         for k in given:
             if k not in hints:
                 raise InputError("no such parameter", where=k, fix=f"{did_you_mean(k, hints)}; nothing was run")

@@ -41,26 +41,29 @@ def imbalance(s_audio, s_visual,       # (B,C) scores in [0,1]
     r_a, r_v = (evidence(s, weak, measure).clamp(min=1e-6) for s in (s_audio, s_visual))
     return (r_v/r_a).clamp(1e-3, 1e3)
 
-# %% ../nbs/12_dgm.ipynb #aa6b66fc
+# %% ../nbs/12_dgm.ipynb #074225d6
 def coefficients(omega,          # omega_{v-a}: a float or a scalar tensor
                  gamma: float = 0.1):
     "Balance coefficients (mu_audio, mu_visual) of DGM Eq. 7, of the same kind as `omega`"
-    if not gamma >= 0: raise InputError(f"{gamma!r} is not possible", where="gamma", expected="a number >= 0 (0 switches modulation off)")
+    if not 0 <= gamma < math.inf: raise InputError(f"{gamma!r} is not possible", where="gamma", expected="a number >= 0 (0 switches modulation off)")
     if not isinstance(omega, torch.Tensor):
         return tuple(1 - math.tanh(gamma*w) if w > 1 else 1. for w in (1/omega, omega))
     return tuple(torch.where(w > 1, 1 - torch.tanh(gamma*w), torch.ones_like(w)) for w in (1/omega, omega))
 
-# %% ../nbs/12_dgm.ipynb #867a8483
+# %% ../nbs/12_dgm.ipynb #4253e450
 VARIANCES = ("added", "literal")
 
 def noisy(g,                          # a gradient with at least two dimensions
           mu,                         # balance coefficient of its modality, scalar
           variance: str = "added",    # 'added': N(0, s²), total (mu²+1)s²; 'literal': N(0, (mu²+1)s²) on top
-          generator=None):
+          generator=None,
+          scale: bool = True):        # scale the mean by mu; False where the update is scaled instead
     "mu g + h with h drawn from a normal distribution as wide as g is spread (DGM Eq. 9)"
-    s = g.std() + 1e-8
+    if g.numel() < 2: return mu*g if scale else g.clone()
+    s = g.std()
+    s = torch.where(s > 0, s + 1e-8, 0.)              # no gradient, no noise
     if variance == "literal": s = s*(mu**2 + 1)**.5
-    return mu*g + s*torch.randn(g.shape, device=g.device, dtype=g.dtype, generator=generator)
+    return (mu*g if scale else g) + s*torch.randn(g.shape, device=g.device, dtype=g.dtype, generator=generator)
 
 # %% ../nbs/12_dgm.ipynb #ad522e4a
 TARGETS = ("both", "encoder")
@@ -154,7 +157,7 @@ class MSDULoss:
         added = zip(("audio", "visual"), parsing.extra["measured"], self.base.targets(batch), (self.base.w_audio, self.base.w_visual))
         return {**terms, **{f"ms_{k}": self.weight*w*bce(p, y) for k, p, y, w in added}}
 
-# %% ../nbs/12_dgm.ipynb #469d0610
+# %% ../nbs/12_dgm.ipynb #49539378
 APPLY = ("gradient", "update")
 
 class DGM(Callback):
@@ -192,11 +195,11 @@ class DGM(Callback):
 
     def after_backward(self, learner):
         for params, mu in zip(self.params, self.mu):
-            if self.apply == "update": mu = torch.ones_like(mu)
+            scale = self.apply == "gradient"
             for p in params:
                 if p.grad is None: continue
-                if self.noise and p.ndim > 1: p.grad = noisy(p.grad, mu, self.variance, self.generator)
-                else: p.grad.mul_(mu)
+                if self.noise and p.ndim > 1: p.grad = noisy(p.grad, mu, self.variance, self.generator, scale)
+                elif scale: p.grad.mul_(mu)
         if self.apply == "update": self.old = [[p.detach().clone() for p in params] for params in self.params]
 
     @torch.no_grad()

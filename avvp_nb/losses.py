@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EPS', 'bce_each', 'bce', 'smooth_labels', 'without_removed', 'GuidedLoss']
 
-# %% ../nbs/06a_losses.ipynb #f9febec6
+# %% ../nbs/06a_losses.ipynb #a0151965
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ def without_removed(target,          # (B,C) smoothed targets
         raise InputError(f"has shape {tuple(removed.shape)}", where="removed labels", expected=f"{tuple(target.shape)}, as the targets")
     return target.masked_fill(removed.bool(), 0.)
 
-# %% ../nbs/06a_losses.ipynb #d4eaa508
+# %% ../nbs/06a_losses.ipynb #ebbe5ebd
 @dataclass(frozen=True)
 class GuidedLoss:
     "HAN's loss as named terms `audio`, `visual`, `video` (Eq. 10 and L_wsl)"
@@ -57,6 +58,8 @@ class GuidedLoss:
         if not 0 < self.beta <= 1: raise InputError(f"{self.beta!r} is not possible", where="beta", expected="0 < beta <= 1")
         for k in ("eps_audio", "eps_visual"):
             if not 0 <= getattr(self, k) < 1: raise InputError(f"{getattr(self, k)!r} is not possible", where=k, expected="0 <= eps < 1")
+        for k in ("w_audio", "w_visual", "w_video"):
+            if not 0 <= getattr(self, k) < math.inf: raise InputError(f"{getattr(self, k)!r} is not possible", where=k, expected="a finite number >= 0")
         if self.w_audio == self.w_visual == self.w_video == 0:
             raise InputError("all weights are 0", where="GuidedLoss", fix="give at least one term a weight")
 

@@ -29,16 +29,21 @@ def _plain(state_dict):
     if isinstance(inner, dict): state_dict = inner
     return {k.removeprefix("module."): v for k, v in state_dict.items()}
 
-# %% ../nbs/19_official.ipynb #3afadb1e
+# %% ../nbs/19_official.ipynb #d0a51c04
 def _check(given: dict, table: list, method: str, own: dict):
     "Raise if a needed tensor is missing or has another shape"
     missing = [o for o, _, _ in table if o not in given]
+    for o, _, _ in table:
+        if o in given and not isinstance(given[o], torch.Tensor): raise InputError(f"is a {type(given[o]).__name__}", where=o, expected="a tensor")
+        if o in given and not given[o].isfinite().all(): raise InputError("holds NaN or infinity", where=o, expected="finite numbers", fix="the training that wrote it had diverged")
     if missing: raise InputError(f"{len(missing)} tensors are missing, such as {missing[0]!r}", where=f"official {method} checkpoint",
                                  expected=f"the {len(table)} tensors that {method} uses", fix="is this a checkpoint of another method?")
     for o, m, r in table:
         want = tuple(own[m][r].shape)
         if tuple(given[o].shape) != want:
             raise InputError(f"has shape {tuple(given[o].shape)}", where=o, expected=f"{want}", fix="check the number of classes and feature widths")
+
+def _sizes(model): return model.head.maps[0].in_features, model.head.classes    # D, C
 
 def from_official(state_dict: dict,     # names to tensors, as the authors' code saves it
                   method: str = "han",  # whose checkpoint it is
@@ -47,9 +52,10 @@ def from_official(state_dict: dict,     # names to tensors, as the authors' code
     "Our module with the weights of an official checkpoint, in eval mode; raises `InputError` on missing or misshapen tensors"
     build, keys, unused = OFFICIAL[check_choice(method, OFFICIAL, "method")]
     given = _plain(state_dict)
-    if "fc_prob.bias" in given: kwargs.setdefault("classes", len(given["fc_prob.bias"]))
+    head = given.get("fc_prob.weight")
+    if isinstance(head, torch.Tensor) and head.ndim == 2: kwargs = {"classes": head.shape[0], "dim": head.shape[1], **kwargs}
     model = build(**kwargs)
-    table, own = keys(classes=model.head.classes), model.state_dict()
+    table, own = keys(*_sizes(model)), model.state_dict()
     _check(given, table, method, own)
     used = {o for o, _, _ in table}
     left = sorted(k for k in given if k not in used and not k.startswith(unused))
@@ -61,14 +67,14 @@ def from_official(state_dict: dict,     # names to tensors, as the authors' code
     model.load_state_dict(own)
     return model.eval()
 
-# %% ../nbs/19_official.ipynb #6b34572b
+# %% ../nbs/19_official.ipynb #b91ed95e
 def to_official(model,               # our module
                 method: str = "han",
                 of=lambda p: p.data,  # what to read of each parameter, such as `lambda p: p.grad`
                 ) -> dict:
     "Tensors of our module under the official names"
     own = {k: of(p) for k, p in model.named_parameters()}
-    keys = OFFICIAL[check_choice(method, OFFICIAL, "method")][1](classes=model.head.classes)
+    keys = OFFICIAL[check_choice(method, OFFICIAL, "method")][1](*_sizes(model))
     return {o: own[m][r] for o, m, r in keys if own.get(m) is not None}
 
 # %% ../nbs/19_official.ipynb #1a08151b

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HAN_OPTIONS', 'LOSSES', 'NOISY', 'MA_OPTIONS', 'MA_REFINE', 'MA', 'JOMOLD_OPTIONS', 'JOMOLD', 'ESTIMATOR',
-           'DGM_OPTIONS', 'BACKBONES', 'METHODS', 'FORMAT', 'Scale', 'DataSpec', 'open_features', 'Data', 'identify',
-           'load_data', 'Method', 'build_han', 'check_han', 'build_ma', 'check_ma', 'ma_base', 'Ratios',
+           'DGM_OPTIONS', 'BACKBONES', 'METHODS', 'FORMAT', 'RECORD', 'Scale', 'DataSpec', 'open_features', 'Data',
+           'identify', 'load_data', 'Method', 'build_han', 'check_han', 'build_ma', 'check_ma', 'ma_base', 'Ratios',
            'build_estimator', 'build_jomold', 'check_jomold', 'jomold_estimator', 'on_backbone', 'dgm_callback',
-           'build_dgm', 'check_dgm', 'build_ogm', 'RunSpec', 'run_key', 'Store', 'pack_probabilities', 'score',
-           'floor_scores', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'load_weights', 'product_of',
-           'refinement_of', 'network_sizes', 'train', 'make_record', 'run', 'finish', 'run_many', 'describe']
+           'build_dgm', 'check_dgm', 'build_ogm', 'RunSpec', 'run_key', 'whole_record', 'Store', 'pack_probabilities',
+           'score', 'floor_scores', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'load_weights',
+           'product_of', 'refinement_of', 'network_sizes', 'train', 'make_record', 'run', 'finish', 'run_many',
+           'describe']
 
-# %% ../nbs/20_runs.ipynb #34f6b631
+# %% ../nbs/20_runs.ipynb #b5907a50
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ from .han import HAN, RECIPE, TEMPORAL
 from .han import PROTOCOLS as HAN_PROTOCOLS
 from .jomold import RECIPE as JOMOLD_RECIPE
 from .jomold import RELEASED_RATIOS, WARMUPS, DenoiseCB, JoMoLD, JoMoLDLoss, NoiseEstimator, estimate_ratios
-from .learner import CheckpointCB, Learner, ProgressCB, ScoreCB, ValidateCB, pick_device, predict
+from .learner import PRECISIONS, SELECTIONS, CheckpointCB, Learner, ProgressCB, ScoreCB, ValidateCB, pick_device, predict
 from .losses import GuidedLoss
 from .ma import PROTOCOLS as MA_PROTOCOLS
 from .ma import RECIPE as MA_RECIPE
@@ -52,7 +53,7 @@ from .mmil import POOLINGS
 from .simulate import VERSION as SIMULATOR
 from .simulate import SimParams, simulate
 
-# %% ../nbs/20_runs.ipynb #72143889
+# %% ../nbs/20_runs.ipynb #8b5e8b4b
 @dataclass(frozen=True)
 class Scale:
     "How much of an experiment is run"
@@ -66,8 +67,9 @@ class Scale:
 
 SCALES = {"tiny": Scale(600, 100, 300, 4, 3, "last", 32), "small": Scale(4000, 649, 1200, 8, 6, "last", 64),
           "calibration": Scale(10_000, 649, 1200, 4, 3), "full": Scale(10_000, 649, 1200)}
+_SHIPPED = dict(SCALES)   # the name of any other scale, or of a changed one, does not say what it is
 
-# %% ../nbs/20_runs.ipynb #acf15637
+# %% ../nbs/20_runs.ipynb #da557967
 @dataclass(frozen=True)
 class DataSpec:
     "Where labels and features come from"
@@ -77,6 +79,7 @@ class DataSpec:
     sim: SimParams = field(default_factory=SimParams)   # the simulator, where it is used
 
     def __post_init__(self):
+        check_choice(self.audio_table, ("2024", "2020"), "audio_table")
         if self.features and not self.annotations:
             raise InputError("features without annotations", where="features", fix="give the folder of the annotation files as well")
 
@@ -86,7 +89,8 @@ def open_features(path,               # a packed store, or a folder in the autho
     if is_store(path): return open_store(path)
     layout = find_layout(path)
     ids = [i for split in annotations.values() for i in split.video_ids]
-    out = Path(cache)/f"features-{content_hash([str(layout.resolve()), ids])}"
+    files = sorted((str(p.relative_to(layout)), p.stat().st_size, p.stat().st_mtime_ns) for p in layout.rglob("*.npy"))   # a changed file is packed again
+    out = Path(cache)/f"features-{content_hash([str(layout.resolve()), ids, files])}"
     if not is_store(out): pack(layout, out, ids, dtype="float32")
     return open_store(out)
 
@@ -279,7 +283,7 @@ METHODS = {"han": Method(HAN_OPTIONS, HAN_PROTOCOLS, build_han, check_han, recip
            "ogm": Method(dict(gamma=0.1), ("ogm_ge",), build_ogm, lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES),
            "ogm_ge": Method(dict(gamma=0.1), ("ogm_ge",), partial(build_ogm, noise=True), lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES)}
 
-# %% ../nbs/20_runs.ipynb #c17c1947
+# %% ../nbs/20_runs.ipynb #b9c2bccd
 @dataclass(frozen=True)
 class RunSpec:
     "One training run, completely described"
@@ -301,6 +305,9 @@ class RunSpec:
         object.__setattr__(self, "backbone", check_choice(self.backbone or possible[0], possible, "backbone"))
         check_choice(self.scale, SCALES, "scale")
         check_type(self.seed, int, "seed"); check_type(self.epochs, Optional[int], "epochs")
+        check_choice(self.precision, PRECISIONS, "precision")
+        if self.seed < 0: raise InputError(f"{self.seed} is not possible", where="seed", expected="0 or more")
+        if self.select: check_choice(self.select, SELECTIONS, "select")
         if self.epochs is not None and self.epochs < 1: raise InputError(f"{self.epochs} is not possible", where="epochs", expected="at least 1")
         object.__setattr__(self, "protocol", check_choice(self.protocol or m.protocols[0], m.protocols, "protocol"))
         for k in self.options:
@@ -334,6 +341,7 @@ class RunSpec:
     def plain(self) -> dict:
         "The spec as plain data without any path"
         d = {k: getattr(self, k) for k in ("method", "backbone", "protocol", "scale", "seed", "precision")}
+        if SCALES[self.scale] != _SHIPPED.get(self.scale): d["sizes"] = asdict(SCALES[self.scale])   # a scale of your own
         return {**d, "options": self.full_options, "recipe": self.recipe(), "rule": self.rule or METHODS[self.method].rule or self.base.rule}
 
 # %% ../nbs/20_runs.ipynb #945d4ab8
@@ -343,7 +351,16 @@ def run_key(spec: RunSpec, identity: dict) -> str:
     "Address of a run: what was asked for, and what the data are"
     return f"{spec.method}-{content_hash([FORMAT, spec.plain(), identity])}"
 
-# %% ../nbs/20_runs.ipynb #6b6b4313
+# %% ../nbs/20_runs.ipynb #049fa7fc
+RECORD = {"format", "key", "spec", "seed", "history", "metrics", "floors", "data", "rule", "probabilities"}  # what no record lacks
+
+def whole_record(path) -> dict:
+    "Read a run record; raises `InputError` when the file holds anything else"
+    record = read_json(path)
+    missing = RECORD - set(record) if isinstance(record, dict) else RECORD
+    if missing: raise InputError(f"is not a whole run record (no {', '.join(sorted(missing))})", where=path, fix="delete it and run again")
+    return record
+
 class Store:
     "A folder of run records with their probabilities and weights"
     def __init__(self, root="runs"): self.root = Path(root)
@@ -363,14 +380,13 @@ class Store:
         "The record of a run, or None; raises `InputError` when the file is damaged"
         path = self.record_path(key)
         if not path.exists(): return None
-        record = read_json(path)
-        if not isinstance(record, dict) or record.get("key") != key or "metrics" not in record:
-            raise InputError("is not the record of this run", where=path, fix="delete it and run again")
+        record = whole_record(path)
+        if record["key"] != key: raise InputError("is the record of another run", where=path, fix="delete it and run again")
         return record
 
     def records(self, **wanted) -> list:
         "All records, or those whose spec has these values, such as `method='dgm'`, `gamma=0.2`"
-        all_ = [read_json(p) for p in sorted(self.root.glob("records/*.json"))]
+        all_ = [whole_record(p) for p in sorted(self.root.glob("records/*.json"))]
         def value(r, k): return r["spec"].get(k, r["spec"]["options"].get(k))
         return [r for r in all_ if all(value(r, k) == v for k, v in wanted.items())]
 
@@ -381,6 +397,10 @@ class Store:
             raise InputError("is missing or not the file of this record", where=path, fix="delete the record and run again")
         with np.load(path, allow_pickle=False) as z:
             return Parsing(**{k: z[stem + k].astype(np.float32) for k in ("video", "audio", "visual", "segments")})
+
+    def sweep(self, key):
+        "Remove what killed processes left half written of a run (call with its lock held)"
+        for p in self.root.glob(f"*/.{key}.*.part"): p.unlink(missing_ok=True)
 
     def lock(self, key):
         "A lock that dies with its process"
@@ -430,7 +450,7 @@ def versions() -> dict:
     "Versions of what a number depends on"
     return {"avvp_nb": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
-# %% ../nbs/20_runs.ipynb #657967a0
+# %% ../nbs/20_runs.ipynb #8ccc6389
 def save_weights(model, path, header: dict):
     "Write the model's tensors and a JSON header as safetensors, atomically"
     from safetensors.torch import save
@@ -443,10 +463,10 @@ def load_weights(path):
     try:
         with safe_open(path, "pt") as f:
             header, tensors = json.loads(f.metadata()["avvp_nb"]), {k: f.get_tensor(k) for k in f.keys()}
+        spec, sizes = header["spec"], header["sizes"]
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise InputError(f"is not a weights file of this library ({type(e).__name__})", where=path) from e
-    spec = header["spec"]
-    model = METHODS[check_choice(spec["method"], METHODS, "method")].build(spec, header["sizes"])[0]
+    model = METHODS[check_choice(spec["method"], METHODS, "method")].build(spec, sizes)[0]
     model.load_state_dict(tensors)
     return model.eval(), header
 
@@ -468,7 +488,7 @@ def refinement_of(record: dict, store: "Store") -> Refinement:
     if record["spec"]["method"] != "ma" or not record["first"]: raise InputError("has no refinement", where=record["key"], expected="a run of MA that refines")
     return Refinement.load(store.product_path(f"ma-{content_hash([record['first'], MA.product_key(record['spec'])])}"))
 
-# %% ../nbs/20_runs.ipynb #e937931a
+# %% ../nbs/20_runs.ipynb #6cb8b46f
 def network_sizes(clips) -> dict:
     "Class count and feature widths of a network for these clips"
     return {"classes": clips.weak.shape[1], "audio_dim": clips.audio.shape[2], "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2]}
@@ -524,6 +544,7 @@ def finish(store: Store, record: dict, test, model) -> dict:
                "probabilities": {"file": store.probability_path(key).name, "sha256": file_hash(store.probability_path(key))}}
     write_json(record, store.record_path(key))
     store.checkpoint_path(key).unlink(missing_ok=True)
+    store.sweep(key)
     return store.record(key)
 
 # %% ../nbs/20_runs.ipynb #3cddef90

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors import safe_open
 
@@ -43,11 +42,6 @@ def toy_han(seed=0, **kw):
 def same_weights(a, b):
     "Are two modules equal to the last bit?"
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-def known(reason):
-    "A defect that is known: the test says what is right, and fails the day when it is mended and this mark can go"
-    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 # --- runs at a micro scale -------------------------------------------------------------------------------------------

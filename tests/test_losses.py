@@ -143,7 +143,6 @@ def test_impossible_settings_are_refused(kw, message):
     with pytest.raises(InputError, match=message): GuidedLoss(**kw)
 
 
-@micro.known("weights are not checked")
 @pytest.mark.parametrize("kw", [{"w_audio": -1.}, {"w_video": float("nan")}])
 def test_impossible_weights_are_refused(kw):
     "A negative weight teaches the opposite, NaN teaches nothing"

@@ -3,10 +3,10 @@ import math
 import warnings
 import zlib
 
+import micro  # noqa: F401  (sets one torch thread)
 import numpy as np
 import pytest
 import torch
-from micro import known
 from test_han import fill
 from torch.nn import functional as F
 
@@ -150,7 +150,6 @@ def test_other_numbers_of_classes_and_features():
     with pytest.raises(InputError, match=r"has shape .*expected"): from_official(state)
 
 
-@known("rows of the key table are always those of 512 dimensions")
 def test_another_width():
     "The rows of the fused projections follow the width of the network"
     used, rest = keys(4, 6, 7, 5, D=32)
@@ -179,8 +178,7 @@ def test_other_left_overs_are_reported(official):
 KEYS = ["fc_a.weight", "fc_prob.bias", "hat_encoder.layers.0.cm_attn.in_proj_weight", "fc_av_att.weight"]
 
 
-@pytest.mark.parametrize("key, how", [pytest.param(k, how, marks=known("len() of a scalar") if (k, how) == (KEYS[1], "scalar") else [])
-                                      for k in KEYS for how in ("missing", "shorter", "scalar")])
+@pytest.mark.parametrize("key, how", [(k, how) for k in KEYS for how in ("missing", "shorter", "scalar")])
 def test_missing_and_misshapen_tensors_are_named(official, key, how):
     state, value = dict(official), official[key]
     if how == "missing": del state[key]
@@ -194,14 +192,13 @@ def test_what_is_no_state_dict_is_refused(state):
     with pytest.raises(InputError, match="not a state dict|tensors are missing"): from_official(state)
 
 
-@known("TypeError")
 def test_numbers_in_place_of_tensors_are_refused(official):
     with pytest.raises(InputError, match=r"fc_prob\.bias"): from_official({**official, "fc_prob.bias": 3})
 
 
-@known("loaded as they are")
 def test_numbers_that_are_none_are_refused(official):
-    with pytest.raises(InputError, match=r"fc_a\.bias.*(NaN|nan|finite)"): from_official({**official, "fc_a.bias": torch.full((512,), torch.nan)})
+    state = {**official, "fc_a.bias": torch.full((512,), torch.nan)}
+    with pytest.raises(InputError, match=r"fc_a\.bias.*(NaN|nan|finite)"): from_official(state)
 
 
 def test_an_unknown_method_is_refused(official):
@@ -223,6 +220,7 @@ class Evil:
     def __reduce__(self): return open, (self.path, "w")
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_code_in_a_file_is_refused_and_not_executed(official, tmp_path, form):
     path, trace = tmp_path / "han.pt", tmp_path / "executed"

@@ -7,19 +7,27 @@ from pathlib import Path
 
 from avvp_nb.core import read_json
 from avvp_nb.report import compare, reported
+from avvp_nb.runs import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
-PRINTED = {"HAN": ("dgm", "VII", "han"), "HAN + DGM + MSDU": ("dgm", "VII", "dgm+msdu@han")}
+NAMES = {"han": "HAN", "jomold": "JoMoLD"}
+PRINTED = {"han": ("VII", "dgm+msdu@han"), "jomold": ("VI", "dgm+msdu")}
 
 
-def records(scale, method, **options):
-    "Committed records of one experiment, by seed"
-    found = [read_json(p) for p in sorted((ROOT / "figures" / "records").glob("*.json"))]
-    def fits(r):
-        o = r["spec"]["options"]
-        return r["spec"]["scale"] == scale and r["spec"]["method"] == method and all(o.get(k) == v for k, v in options.items())
-    return sorted(filter(fits, found), key=lambda r: r["seed"])
+def committed():
+    "All committed run records"
+    return [read_json(p) for p in sorted((ROOT / "figures" / "records").glob("*.json"))]
+
+
+def experiment(backbone, scale="small", gamma=0.1):
+    "Records of a backbone and of DGM + MSDU on it with the defaults, by name"
+    def fits(r, method, options):
+        spec = r["spec"]
+        ours = METHODS[method].options | options
+        return spec["method"] == method and spec["backbone"] == backbone and spec["scale"] == scale and spec["options"] == ours
+    wanted = {NAMES[backbone]: (backbone, {}), f"{NAMES[backbone]} + DGM + MSDU": ("dgm", {"gamma": gamma})}
+    return {k: sorted((r for r in committed() if fits(r, *v)), key=lambda r: r["seed"]) for k, v in wanted.items()}
 
 
 def minutes(rs):
@@ -28,16 +36,25 @@ def minutes(rs):
     return f"{t:.0f} s" if t < 90 else f"{t / 60:.1f} min"
 
 
+def section(backbone):
+    "One table with what it took, or nothing without records"
+    ours = experiment(backbone)
+    if not all(ours.values()): return ""
+    table, method = PRINTED[backbone]
+    variant = "gamma=0.1;measure=fusion;msdu=1" if table == "VI" else None
+    names = list(ours)
+    printed = {names[0]: reported("dgm", "VII", backbone), names[1]: reported("dgm", table, method, variant=variant)}
+    text = compare(ours, printed, caption=f"DGM on {NAMES[backbone]}").to_markdown()
+    hw = ours[names[0]][0]["hardware"]
+    where = f"{hw.get('gpu') or hw['processor']}, {hw['threads']} thread{'s' * (hw['threads'] > 1)}"
+    took = ", ".join(f"{k} {minutes(v)}" for k, v in ours.items())
+    return f"Training time of one run ({where}, beside other work): {took}.\n\n{text}"
+
+
 def block():
     "The generated text"
-    ours = {"HAN": records("small", "han"), "HAN + DGM + MSDU": records("small", "dgm", gamma=0.1)}
-    ours = {k: [r for r in v if r["spec"]["backbone"] == "han"] for k, v in ours.items()}
-    if not all(ours.values()): return "No committed records yet."
-    table = compare(ours, {k: reported(*v) for k, v in PRINTED.items()}, caption="DGM, Table VII, on HAN")
-    hw = ours["HAN"][0]["hardware"]
-    where = f"{hw.get('gpu') or hw['processor']}, {hw['threads']} thread{'s' * (hw['threads'] > 1)}"
-    times = ", ".join(f"{k} {minutes(v)}" for k, v in ours.items())
-    return f"What `make dgm` gives, here over {len(ours['HAN'])} seeds; training time of one run on {where}: {times}.\n\n{table.to_markdown()}"
+    parts = [s for s in map(section, ("jomold", "han")) if s]
+    return "\n\n".join(parts) or "No committed records yet."
 
 
 def readme(text):
