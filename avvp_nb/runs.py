@@ -488,7 +488,7 @@ def refinement_of(record: dict, store: "Store") -> Refinement:
     if record["spec"]["method"] != "ma" or not record["first"]: raise InputError("has no refinement", where=record["key"], expected="a run of MA that refines")
     return Refinement.load(store.product_path(f"ma-{content_hash([record['first'], MA.product_key(record['spec'])])}"))
 
-# %% ../nbs/20_runs.ipynb #6cb8b46f
+# %% ../nbs/20_runs.ipynb #f05fbd00
 def network_sizes(clips) -> dict:
     "Class count and feature widths of a network for these clips"
     return {"classes": clips.weak.shape[1], "audio_dim": clips.audio.shape[2], "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2]}
@@ -541,7 +541,7 @@ def finish(store: Store, record: dict, test, model) -> dict:
     with atomic_write(store.probability_path(key), "wb") as f: np.savez(f, **packed)
     save_weights(model, store.weight_path(key), {"spec": record["spec"], "sizes": network_sizes(test), "mark": test.mark, "key": key})
     record |= {"metrics": score(packed, test), "floors": floor_scores(test),
-               "probabilities": {"file": store.probability_path(key).name, "sha256": file_hash(store.probability_path(key))}}
+               "probabilities": {"file": store.probability_path(key).relative_to(store.root).as_posix(), "sha256": file_hash(store.probability_path(key))}}
     write_json(record, store.record_path(key))
     store.checkpoint_path(key).unlink(missing_ok=True)
     store.sweep(key)

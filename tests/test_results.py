@@ -2,7 +2,7 @@
 import pytest
 from tree import ROOT, load
 
-results = load("tools/results.py")
+results = load(ROOT / "tools" / "results.py")
 
 
 def test_readme_is_rendered_from_the_committed_records():
