@@ -470,11 +470,12 @@ def load_weights(path):
     model.load_state_dict(tensors)
     return model.eval(), header
 
-# %% ../nbs/20_runs.ipynb #121a4469
+# %% ../nbs/20_runs.ipynb #515ba778
 def product_of(spec: RunSpec, store: Store, device: str = "auto", progress: str = "auto") -> tuple:
     "(product or None, keys of the first runs) of a staged method; computed if it isn't in the store"
     m, plain = spec.base, spec.plain()
     if m.product is None or not m.first(spec): return None, []
+    if progress != "off": print(f"    first: {'; '.join(map(describe, m.first(spec)))}", flush=True)
     keys = [run(f, store, device, progress)["key"] for f in m.first(spec)]
     path = store.product_path(f"{spec.backbone}-{content_hash([keys, m.product_key(plain)])}")
     with store.lock(path.stem):

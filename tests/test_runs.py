@@ -279,7 +279,7 @@ def test_stored_probabilities_reproduce_the_metrics(done, rule):
     "With the brute-force scorer, from the file as it lies there"
     store, r, _ = done
     path = store.probability_path(r["key"])
-    assert r["probabilities"] == {"file": path.name, "sha256": file_hash(path)}
+    assert r["probabilities"] == {"file": path.relative_to(store.root).as_posix(), "sha256": file_hash(path)}
     with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
     assert all(v.dtype == np.float16 for v in arrays.values()) and arrays["segments"].shape == (16, 10, 2, 25)
     test = simulate(16, split="test")
