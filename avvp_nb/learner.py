@@ -135,7 +135,7 @@ class Loop:
         share = torch.tensor([len(idx)/len(self.train) for idx in todo], device=self.device)
         self.log["loss"] = dict(zip(self.terms, (share@torch.stack(values)).tolist()))
 
-# %% ../nbs/07_learner.ipynb #d6da35df
+# %% ../nbs/07_learner.ipynb #0f0fee85
 class Learner(Loop):
     "Train `model` on clips with `loss`; everything else is a callback"
     def __init__(self, model, train, loss, *,
@@ -145,6 +145,8 @@ class Learner(Loop):
                  device: str = "auto", precision: str = "fp32",
                  deterministic: bool = False, callbacks=()):
         self.device, self.precision = pick_device(device), check_choice(precision, PRECISIONS, "precision")
+        if batch_size < 1: raise InputError(f"{batch_size} is not possible", where="batch_size", expected="at least 1")
+        if not len(train): raise InputError("no videos to train on", where="train")
         self.model, self.loss, self.train = model.to(self.device), loss, train
         self.lr, self.batch_size, self.epochs, self.step, self.factor = lr, batch_size, epochs, step, factor
         self.seed, self.deterministic, self.callbacks = seed, deterministic, sorted(callbacks, key=lambda cb: cb.order)

@@ -242,7 +242,7 @@ JOMOLD = Method(JOMOLD_OPTIONS, ("official",), build_jomold, check_jomold, recip
                 first=jomold_estimator, load=Ratios.load, product=lambda plain, models, clips: Ratios(*estimate_ratios(models[0], clips)))
 ESTIMATOR = Method(dict(contrast=True), ("official",), build_estimator, recipe=JOMOLD_RECIPE, rule="jomold")
 
-# %% ../nbs/20_runs.ipynb #5fdcc1a9
+# %% ../nbs/20_runs.ipynb #5b72df29
 DGM_OPTIONS = dict(gamma=0.1, measure="fusion", msdu=True, modulate=True, noise=True, target="both", shared="skip",
                    apply="gradient", msdu_gradient=True)
 
@@ -268,6 +268,8 @@ def check_dgm(plain: dict):
     check_choice(o["shared"], ("skip", "split"), "shared")
     if o["shared"] == "split" and o["apply"] == "update":
         raise InputError("tied copies share one Adam update", where="apply='update', shared='split'", expected="apply='gradient', or shared='skip'")
+    if o["shared"] == "split" and o["target"] == "encoder":
+        raise InputError("splitting scales the shared heads as well", where="target='encoder', shared='split'", expected="target='both', or shared='skip'")
     if plain["protocol"] == "paper" and o["apply"] != "update":
         raise InputError("the printed equations scale the update", where="protocol='paper'", expected="apply='update'")
 
@@ -283,8 +285,8 @@ METHODS = {"han": Method(HAN_OPTIONS, HAN_PROTOCOLS, build_han, check_han, recip
            "ogm": Method(dict(gamma=0.1), ("ogm_ge",), build_ogm, lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES),
            "ogm_ge": Method(dict(gamma=0.1), ("ogm_ge",), partial(build_ogm, noise=True), lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES)}
 
-# %% ../nbs/20_runs.ipynb #b9c2bccd
-@dataclass(frozen=True)
+# %% ../nbs/20_runs.ipynb #0761fd92
+@dataclass(frozen=True, eq=False)
 class RunSpec:
     "One training run, completely described"
     method: str = "han"
@@ -329,6 +331,7 @@ class RunSpec:
         return {**m.options, **{k: v for k, v in by_protocol.items() if k in m.options}, **self.options}
 
     def __hash__(self): return hash(content_hash(self.plain()))
+    def __eq__(self, other): return isinstance(other, RunSpec) and (self.plain(), self.data) == (other.plain(), other.data)
 
     def recipe(self) -> dict:
         "Learning rate, batch size, epochs, schedule and selection of this run"
@@ -450,12 +453,12 @@ def versions() -> dict:
     "Versions of what a number depends on"
     return {"avvp_nb": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
-# %% ../nbs/20_runs.ipynb #8ccc6389
+# %% ../nbs/20_runs.ipynb #fbc97c09
 def save_weights(model, path, header: dict):
     "Write the model's tensors and a JSON header as safetensors, atomically"
     from safetensors.torch import save
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    with atomic_write(path, "wb") as f: f.write(save(tensors, metadata={"format": "pt", "avvp_nb": json.dumps(header, sort_keys=True)}))
+    with atomic_write(path, "wb") as f: f.write(save(tensors, metadata={"avvp_nb": json.dumps(header, sort_keys=True)}))
 
 def load_weights(path):
     "(model in eval mode, header) of a weights file; raises `InputError` for any other file"
