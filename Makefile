@@ -44,7 +44,7 @@ smoke: ## the main job at its smallest scale, in seconds
 	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
 
 test: $(STAMP) ## the whole test suite, with coverage; leaves the tree as it is
-	$(PY) -m pytest -o addopts= -m "not slow" --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow" --cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
 check: $(STAMP) ## in seconds: modules in step with notebooks, notebooks clean, ruff
 	$(PY) tools/check.py

@@ -18,9 +18,9 @@ SEGMENT = {"A", "V", "AV", "Type@AV", "Event@AV"}
 
 def papermill(*args, cwd=ROOT):
     "Run papermill with the kernel of this environment"
-    env = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONWARNINGS": "ignore"}
+    env = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "papermill", *map(str, args)], cwd=cwd, env=env, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=900)
 
 
 def records(folder):
