@@ -7,10 +7,10 @@ __all__ = ['SCALES', 'HAN_OPTIONS', 'LOSSES', 'NOISY', 'MA_OPTIONS', 'MA_REFINE'
            'DGM_OPTIONS', 'BACKBONES', 'METHODS', 'FORMAT', 'RECORD', 'Scale', 'DataSpec', 'open_features', 'Data',
            'identify', 'load_data', 'Method', 'build_han', 'check_han', 'build_ma', 'check_ma', 'ma_base', 'Ratios',
            'build_estimator', 'build_jomold', 'check_jomold', 'jomold_estimator', 'on_backbone', 'dgm_callback',
-           'build_dgm', 'check_dgm', 'build_ogm', 'RunSpec', 'run_key', 'whole_record', 'Store', 'pack_probabilities',
-           'score', 'floor_scores', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'load_weights',
-           'product_of', 'refinement_of', 'network_sizes', 'train', 'make_record', 'run', 'finish', 'run_many',
-           'describe']
+           'build_dgm', 'check_dgm', 'build_ogm', 'check_settings', 'RunSpec', 'run_key', 'whole_record', 'Store',
+           'pack_probabilities', 'score', 'floor_scores', 'commit', 'processor', 'hardware', 'versions', 'save_weights',
+           'load_weights', 'product_of', 'refinement_of', 'network_sizes', 'train', 'make_record', 'run', 'finish',
+           'run_many', 'describe']
 
 # %% ../nbs/20_runs.ipynb #b5907a50
 import json
@@ -285,7 +285,18 @@ METHODS = {"han": Method(HAN_OPTIONS, HAN_PROTOCOLS, build_han, check_han, recip
            "ogm": Method(dict(gamma=0.1), ("ogm_ge",), build_ogm, lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES),
            "ogm_ge": Method(dict(gamma=0.1), ("ogm_ge",), partial(build_ogm, noise=True), lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES)}
 
-# %% ../nbs/20_runs.ipynb #0761fd92
+# %% ../nbs/20_runs.ipynb #d9ee6208
+def check_settings(spec):
+    "Raise for a setting that every method has and no run can do with"
+    check_choice(spec.scale, SCALES, "scale")
+    check_type(spec.seed, int, "seed"); check_type(spec.epochs, Optional[int], "epochs")
+    check_choice(spec.precision, PRECISIONS, "precision")
+    if spec.seed < 0: raise InputError(f"{spec.seed} is not possible", where="seed", expected="0 or more")
+    if spec.select: check_choice(spec.select, SELECTIONS, "select")
+    if spec.rule: check_choice(spec.rule, RULES, "rule")
+    if spec.epochs is not None and spec.epochs < 1: raise InputError(f"{spec.epochs} is not possible", where="epochs", expected="at least 1")
+
+# %% ../nbs/20_runs.ipynb #8e6286d6
 @dataclass(frozen=True, eq=False)
 class RunSpec:
     "One training run, completely described"
@@ -305,17 +316,11 @@ class RunSpec:
         m = METHODS[check_choice(self.method, METHODS, "method")]
         possible = m.backbones or (self.method,)
         object.__setattr__(self, "backbone", check_choice(self.backbone or possible[0], possible, "backbone"))
-        check_choice(self.scale, SCALES, "scale")
-        check_type(self.seed, int, "seed"); check_type(self.epochs, Optional[int], "epochs")
-        check_choice(self.precision, PRECISIONS, "precision")
-        if self.seed < 0: raise InputError(f"{self.seed} is not possible", where="seed", expected="0 or more")
-        if self.select: check_choice(self.select, SELECTIONS, "select")
-        if self.epochs is not None and self.epochs < 1: raise InputError(f"{self.epochs} is not possible", where="epochs", expected="at least 1")
+        check_settings(self)
         object.__setattr__(self, "protocol", check_choice(self.protocol or m.protocols[0], m.protocols, "protocol"))
         for k in self.options:
             if k not in m.options: raise InputError(f"{self.method} has no such option", where=k, fix=did_you_mean(k, m.options))
         object.__setattr__(self, "options", {k: check_type(v, type(m.options[k]), k) for k, v in self.options.items()})
-        if self.rule: check_choice(self.rule, RULES, "rule")
         m.check(self.plain())
 
     @property
