@@ -19,6 +19,7 @@ SEGMENT = {"A", "V", "AV", "Type@AV", "Event@AV"}
 def papermill(*args, cwd=ROOT):
     "Run papermill with the kernel of this environment"
     env = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    env.pop("MPLBACKEND", None)  # the kernel chooses its own, so that figures land in the notebook
     return subprocess.run([sys.executable, "-m", "papermill", *map(str, args)], cwd=cwd, env=env, capture_output=True,
                           text=True, timeout=900)
 
