@@ -12,7 +12,7 @@ __all__ = ['SCALES', 'HAN_OPTIONS', 'LOSSES', 'NOISY', 'MA_OPTIONS', 'MA_REFINE'
            'load_weights', 'product_of', 'refinement_of', 'network_sizes', 'train', 'make_record', 'run', 'finish',
            'run_many', 'describe']
 
-# %% ../nbs/20_runs.ipynb #b5907a50
+# %% ../nbs/20_runs.ipynb #f6c2ddca
 import json
 import os
 import platform
@@ -48,6 +48,7 @@ from .losses import GuidedLoss
 from .ma import PROTOCOLS as MA_PROTOCOLS
 from .ma import RECIPE as MA_RECIPE
 from .ma import MALoss, Refinement, refine
+from .ma import recipe as ma_recipe
 from .metrics import RULES, evaluate, floors
 from .mmil import POOLINGS
 from .simulate import VERSION as SIMULATOR
@@ -135,7 +136,7 @@ def load_data(data: DataSpec, scale: str = "small", cache="runs/cache") -> Data:
     while len(_LOADED) > 2: _LOADED.popitem(last=False)
     return _LOADED[key]
 
-# %% ../nbs/20_runs.ipynb #a5447f69
+# %% ../nbs/20_runs.ipynb #ff82737a
 @dataclass(frozen=True)
 class Method:
     "How the runs of one method are made; `plain` is `RunSpec.plain()`"
@@ -146,6 +147,8 @@ class Method:
     backbones: tuple = ()             # networks that the method is put on; empty: it is a network of its own
     recipe: Optional[dict] = None     # None: the backbone's
     rule: Optional[str] = None        # decision rule of the method's own evaluation; None: the backbone's
+    by_protocol: dict = field(default_factory=dict)      # protocol: option defaults that it changes
+    recipe_by_protocol: dict = field(default_factory=dict)   # protocol: parts of the recipe that it changes
     first: Callable = lambda spec: []                # specs of the runs that must come first
     product: Optional[Callable] = None               # (plain, their models, training clips) -> something with `save(path)`
     load: Optional[Callable] = None                  # what reads it back from a path
@@ -171,7 +174,7 @@ def check_han(plain: dict):
     for k, choices in {"temporal": TEMPORAL, "pooling": POOLINGS, "loss": LOSSES, "noisy": NOISY}.items():
         check_choice(plain["options"][k], choices, k)
 
-# %% ../nbs/20_runs.ipynb #85edf0a3
+# %% ../nbs/20_runs.ipynb #fddcf7ca
 MA_OPTIONS = dict(tau=0.2, contrast=True, refine="both", threshold=0.5, n_partners=1, global_target="official")
 MA_REFINE = ("none", "audio", "visual", "both")   # MA, Tables 2 and 3
 
@@ -183,11 +186,10 @@ def build_ma(plain: dict, sizes: dict, product=None):
 def check_ma(plain: dict):
     "Refuse impossible options before anything is trained"
     o = plain["options"]
-    build_loss = MALoss(tau=o["tau"], protocol=plain["protocol"], global_target=o["global_target"])
+    MALoss(tau=o["tau"], protocol=plain["protocol"], global_target=o["global_target"])
     check_choice(o["refine"], MA_REFINE, "refine")
     if not 0 < o["threshold"]: raise InputError(f"{o['threshold']!r} is not possible", where="threshold", expected="a number > 0")
     if o["n_partners"] < 1: raise InputError(f"{o['n_partners']!r} is not possible", where="n_partners", expected="at least 1")
-    return build_loss
 
 def ma_base(spec) -> list:
     "The base model of a refining run"
@@ -195,6 +197,7 @@ def ma_base(spec) -> list:
     return [replace(spec, options=dict(_some(spec.full_options, "tau", "contrast"), refine="none"))]
 
 MA = Method(MA_OPTIONS, MA_PROTOCOLS, build_ma, check_ma, recipe=MA_RECIPE, rule="ma", first=ma_base, load=Refinement.load,
+            by_protocol={"paper": dict(global_target="full")}, recipe_by_protocol={p: ma_recipe(p) for p in MA_PROTOCOLS},
             product=lambda plain, models, clips: refine(models[0], clips, **_some(plain["options"], "n_partners", "threshold")),
             product_key=lambda plain: _some(plain["options"], "n_partners", "threshold"),
             prepare=lambda plain, product, clips: clips if product is None else product.apply(clips, plain["options"]["refine"]))
@@ -242,7 +245,7 @@ JOMOLD = Method(JOMOLD_OPTIONS, ("official",), build_jomold, check_jomold, recip
                 first=jomold_estimator, load=Ratios.load, product=lambda plain, models, clips: Ratios(*estimate_ratios(models[0], clips)))
 ESTIMATOR = Method(dict(contrast=True), ("official",), build_estimator, recipe=JOMOLD_RECIPE, rule="jomold")
 
-# %% ../nbs/20_runs.ipynb #5b72df29
+# %% ../nbs/20_runs.ipynb #4c929e8b
 DGM_OPTIONS = dict(gamma=0.1, measure="fusion", msdu=True, modulate=True, noise=True, target="both", shared="skip",
                    apply="gradient", msdu_gradient=True)
 
@@ -281,7 +284,8 @@ def build_ogm(plain: dict, sizes: dict, product=None, noise: bool = False):
 BACKBONES = ("jomold", "han")   # the first is the default
 METHODS = {"han": Method(HAN_OPTIONS, HAN_PROTOCOLS, build_han, check_han, recipe=RECIPE, rule="han"),
            "ma": MA, "jomold_estimator": ESTIMATOR, "jomold": JOMOLD,
-           "dgm": Method(DGM_OPTIONS, tuple(DGM_PROTOCOLS), build_dgm, check_dgm, backbones=BACKBONES),
+           "dgm": Method(DGM_OPTIONS, tuple(DGM_PROTOCOLS), build_dgm, check_dgm, backbones=BACKBONES,
+                         by_protocol={p: {"apply": kw["apply"]} for p, kw in DGM_PROTOCOLS.items()}),
            "ogm": Method(dict(gamma=0.1), ("ogm_ge",), build_ogm, lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES),
            "ogm_ge": Method(dict(gamma=0.1), ("ogm_ge",), partial(build_ogm, noise=True), lambda p: DGM(p["options"]["gamma"]), backbones=BACKBONES)}
 
@@ -296,7 +300,7 @@ def check_settings(spec):
     if spec.rule: check_choice(spec.rule, RULES, "rule")
     if spec.epochs is not None and spec.epochs < 1: raise InputError(f"{spec.epochs} is not possible", where="epochs", expected="at least 1")
 
-# %% ../nbs/20_runs.ipynb #8e6286d6
+# %% ../nbs/20_runs.ipynb #81025d83
 @dataclass(frozen=True, eq=False)
 class RunSpec:
     "One training run, completely described"
@@ -332,15 +336,15 @@ class RunSpec:
     def full_options(self) -> dict:
         "All options of the method; a protocol may change a default"
         m = METHODS[self.method]
-        by_protocol = DGM_PROTOCOLS[self.protocol] if self.method == "dgm" else {}
-        return {**m.options, **{k: v for k, v in by_protocol.items() if k in m.options}, **self.options}
+        return {**m.options, **m.by_protocol.get(self.protocol, {}), **self.options}
 
     def __hash__(self): return hash(content_hash(self.plain()))
     def __eq__(self, other): return isinstance(other, RunSpec) and (self.plain(), self.data) == (other.plain(), other.data)
 
     def recipe(self) -> dict:
         "Learning rate, batch size, epochs, schedule and selection of this run"
-        r, s = dict(METHODS[self.method].recipe or self.base.recipe), SCALES[self.scale]
+        m, s = METHODS[self.method], SCALES[self.scale]
+        r = {**(m.recipe or self.base.recipe), **m.recipe_by_protocol.get(self.protocol, {})}
         for k in ("epochs", "step", "select"):
             if getattr(s, k) is not None: r[k] = getattr(s, k)
         r["batch_size"] = min(r["batch_size"], s.max_batch or r["batch_size"])
