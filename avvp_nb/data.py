@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FEATURES', 'Batch', 'take', 'Clips', 'load_clips', 'load_annotations', 'doctor', 'pack', 'open_store', 'load_layout']
 
-# %% ../nbs/03_data.ipynb #ec48be60
+# %% ../nbs/03_data.ipynb #c673e2ca
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .features import Store, doctor, is_store, load_layout, open_store, pack
 # %% ../nbs/03_data.ipynb #f8362507
 _all_ = ["load_annotations", "doctor", "pack", "open_store", "load_layout"]
 
-# %% ../nbs/03_data.ipynb #6a8bf6cf
+# %% ../nbs/03_data.ipynb #2e96918f
 class Batch(NamedTuple):
     "What one training or evaluation step sees"
     audio: torch.Tensor    # (B,T,128) VGGish, one row per second
@@ -27,7 +27,13 @@ class Batch(NamedTuple):
     motion: torch.Tensor   # (B,T,512) R(2+1)D, one row per second
     weak: torch.Tensor     # (B,C) float32, video-level label
     index: torch.Tensor    # (B,) int64, positions inside the `Clips` the batch came from
-    labels: dict           # extra label arrays by name, each (B,C) float32
+    labels: dict           # extra label arrays by name, each (B,C) or (B,T,C) float32
+    mask: Optional[torch.Tensor] = None   # (B,T) bool, False where a video is padded; None: nothing is padded
+
+    @property
+    def features(self) -> tuple:
+        "Audio, frames and motion: what a model is called with"
+        return self.audio, self.frames, self.motion
 
 # %% ../nbs/03_data.ipynb #0cb7802a
 def _positions(idx, n: int) -> np.ndarray:
@@ -49,7 +55,7 @@ def take(x, idx: np.ndarray):
     if isinstance(x, torch.Tensor): return x.index_select(0, torch.from_numpy(idx).to(x.device))
     return np.take(x, idx, axis=0) if x.flags.c_contiguous else x[idx]
 
-# %% ../nbs/03_data.ipynb #711cd9a7
+# %% ../nbs/03_data.ipynb #e2a0ba9c
 @dataclass(repr=False)
 class Clips:
     "A split in memory (or memory-mapped): features, weak labels and, where they exist, dense labels"
@@ -63,7 +69,9 @@ class Clips:
     source: dict = field(default_factory=dict)  # provenance: simulated, mark, fingerprint, ...
     rows: object = None            # (N,) int64, 0-based row in the split file
     oracle: bool = False           # are dense labels of a training split hidden truth
-    labels: dict = field(default_factory=dict)  # extra (N,C) float32 label arrays, by name
+    labels: dict = field(default_factory=dict)  # extra (N,C) or (N,T,C) float32 label arrays, by name
+    lengths: object = None         # (N,) int64 seconds of each video; None: all have T
+    classes: object = None         # C names; None: LLP's
 
     def __post_init__(self):
         if self.rows is None: self.rows = np.arange(len(self.ids))
@@ -71,11 +79,14 @@ class Clips:
     def __len__(self): return len(self.ids)
     def __getitem__(self, idx): return _select(self, idx)
     def __repr__(self): return _describe(self)
-
     @property
     def mark(self) -> str:
         "How derived numbers must be labelled; empty when everything is real"
         return self.source.get("mark", "")
+    @property
+    def mask(self):
+        "(N,T) uint8, 1 where a second exists; None when no video is padded"
+        return None if self.lengths is None else (np.arange(self.audio.shape[1]) < self.lengths[:, None]).astype(np.uint8)
 
     @property
     def pooled(self) -> bool:
@@ -87,22 +98,18 @@ class Clips:
         "Bytes of features and labels"
         return sum(x.nbytes for x in _arrays(self).values())
 
-    def batch(self,
-              idx,                    # int, slice, mask or index array: which videos
+    def batch(self, idx,              # int, slice, mask or index array: which videos
               device=None,            # where the tensors go; default: where the features are
-              dtype=torch.float32,    # of the features; labels are always float32
-              ) -> Batch:
+              dtype=torch.float32) -> Batch:   # of the features; labels are always float32
         "Gather videos `idx` as tensors"
         return _gather(self, idx, device, dtype)
 
-    def to(self,
-           device,                # "cuda", "cpu", torch.device
-           dtype=torch.float32,   # of the resident features
-           ):
+    def to(self, device,              # "cuda", "cpu", torch.device
+           dtype=torch.float32):      # of the resident features
         "The same clips with features and labels resident on a device as tensors"
         return _resident(self, device, dtype)
 
-    def with_labels(self, **labels):  # name = (N,C) array
+    def with_labels(self, **labels):  # name = (N,C) or (N,T,C) array
         "The same clips carrying extra label arrays, such as refined ones"
         return replace(self, labels={**self.labels, **{k: np.asarray(v, dtype=np.float32) for k, v in labels.items()}})
 
@@ -110,7 +117,7 @@ class Clips:
         "The true video-level label of each modality, from the dense labels"
         return _modality_labels(self)
 
-# %% ../nbs/03_data.ipynb #1f3f3663
+# %% ../nbs/03_data.ipynb #a510b065
 FEATURES = ("audio", "frames", "motion")  # the three feature arrays of a video
 _LABELS = ("weak", "dense_audio", "dense_visual")
 
@@ -123,6 +130,16 @@ def _name(clips) -> str:
     "How messages call these clips"
     return clips.source.get("split") or "clips"
 
+def _check_lengths(clips, n: int, t: int, c: int):
+    "Raise if there is not one possible length for each video, or not one name for each class"
+    if clips.classes is not None and len(clips.classes) != c:
+        raise InputError(f"{len(clips.classes)} class names", where="classes", expected=f"{c}, one for each class")
+    if clips.lengths is None: return
+    clips.lengths = np.asarray(clips.lengths, dtype=np.int64)
+    if clips.lengths.shape != (n,): raise InputError(f"shape {clips.lengths.shape}", where="lengths", expected=f"({n},), one for each video")
+    bad = np.flatnonzero((clips.lengths < 1) | (clips.lengths > t))
+    if len(bad): raise InputError(f"{clips.ids[bad[0]]} has {clips.lengths[bad[0]]} s", where="lengths", expected=f"1 to {t}, the width of the arrays")
+
 def _check_clips(clips):
     "Raise an `InputError` for the first array whose shape disagrees with the others"
     n = len(clips.ids)
@@ -131,14 +148,15 @@ def _check_clips(clips):
     t, c = clips.audio.shape[1], clips.weak.shape[1]
     if len(clips.rows) != n: raise InputError(f"{len(clips.rows)} row numbers", where="rows", expected=f"{n}, one for each id")
     clips.rows = np.asarray(clips.rows, dtype=np.int64)
+    _check_lengths(clips, n, t, c)
     allowed = {"audio": [(n, t, "D")], "frames": [(n, t, "D"), (n, 8*t, "D")], "motion": [(n, t, "D")],
                "dense_audio": [(n, t, c)], "dense_visual": [(n, t, c)]}
     for k, x in _arrays(clips).items():
-        want = allowed.get(k, [(n, c)])
+        want = allowed.get(k, [(n, c), (n, t, c)] if k.startswith("labels[") else [(n, c)])
         if not any(len(w) == x.ndim and all(b in (a, "D") for a, b in zip(x.shape, w)) for w in want):
             raise InputError(f"shape {tuple(x.shape)}", where=k, expected=" or ".join(str(w).replace("'", "") for w in want))
 
-# %% ../nbs/03_data.ipynb #63529861
+# %% ../nbs/03_data.ipynb #b6152a21
 def _select(clips, idx):
     "The videos `idx`, with a fingerprint of their own"
     n = len(clips)
@@ -149,14 +167,27 @@ def _select(clips, idx):
     new = {k: pick(getattr(clips, k)) for k in FEATURES + _LABELS if getattr(clips, k) is not None}
     source = clips.source if whole else {**clips.source, "fingerprint": content_hash([clips.source.get("fingerprint"), pos])}
     return replace(clips, ids=[clips.ids[i] for i in pos], rows=clips.rows[pos], source=source,
-                   labels={k: pick(v) for k, v in clips.labels.items()}, **new)
+                   labels={k: pick(v) for k, v in clips.labels.items()},
+                   lengths=None if clips.lengths is None else clips.lengths[pos], **new)
+
+def _cropped(clips, pos) -> tuple:
+    "(T of the longest of these videos, their (B,T) mask or None)"
+    if clips.lengths is None or not len(pos): return clips.audio.shape[1], None
+    n = clips.lengths[pos]
+    t = int(n.max())
+    return t, torch.from_numpy(np.arange(t) < n[:, None]) if (n < t).any() else None
 
 def _gather(clips, idx, device=None, dtype=torch.float32) -> Batch:
     "See `Clips.batch`"
     pos = _positions(idx, len(clips))
-    def get(x, dtype): return torch.as_tensor(take(x, pos)).to(device=device, dtype=dtype)
-    return Batch(*(get(getattr(clips, k), dtype) for k in FEATURES), get(clips.weak, torch.float32),
-                 torch.from_numpy(pos).to(device), {k: get(v, torch.float32) for k, v in clips.labels.items()})
+    T = clips.audio.shape[1]
+    t, mask = _cropped(clips, pos)
+    def get(x, dtype):
+        if t < T and x.ndim == 3: x = x[:, :x.shape[1]//T*t]
+        return torch.as_tensor(take(x, pos)).to(device=device, dtype=dtype)
+    batch = Batch(*(get(getattr(clips, k), dtype) for k in FEATURES), get(clips.weak, torch.float32),
+                  torch.from_numpy(pos).to(device), {k: get(v, torch.float32) for k, v in clips.labels.items()})
+    return batch if mask is None else batch._replace(mask=mask.to(batch.weak.device))
 
 def _resident(clips, device, dtype=torch.float32):
     "See `Clips.to`"
@@ -177,7 +208,8 @@ def _describe(clips) -> str:
     dims = "+".join(str(getattr(clips, k).shape[2]) for k in FEATURES)
     kind = f"{str(clips.audio.dtype).replace('torch.', '')} {'pooled' if clips.pooled else 'full'}"
     dense = "weak labels only" if clips.dense_audio is None else "oracle dense labels" if clips.oracle else "dense labels"
-    return (f"Clips({len(clips)} videos, T={clips.audio.shape[1]}, C={clips.weak.shape[1]}, {dims} {kind}, "
+    T = clips.audio.shape[1] if clips.lengths is None else f"{clips.lengths.min()}..{clips.lengths.max()}"
+    return (f"Clips({len(clips)} videos, T={T}, C={clips.weak.shape[1]}, {dims} {kind}, "
             f"{clips.nbytes/1e6:.1f} MB, {dense}, {clips.mark or 'real features'})")
 
 # %% ../nbs/03_data.ipynb #352559fc

@@ -112,7 +112,7 @@ class _Scaled(torch.autograd.Function):
 
 scale_gradient = _Scaled.apply
 
-# %% ../nbs/12_dgm.ipynb #7e051a4d
+# %% ../nbs/12_dgm.ipynb #f04067f7
 SHARED = ("skip", "split")
 
 class DGMNet(nn.Module):
@@ -135,20 +135,26 @@ class DGMNet(nn.Module):
 
     def tied(self, p, m: int): return scale_gradient(p, self.mu[m])
 
-    def forward(self, audio, frames, motion, *, cross_attention: bool = True, mask=None):
+    def project(self, *features): return self.backbone.project(*features)
+
+    def both_passes(self, *features, mask=None): return self.backbone.both_passes(*features, mask=mask)
+
+    def forward(self, audio, frames, motion, *, cross_attention: bool = True, mask=None, projected=None):
         "As the backbone; `extra['measured']` holds MSDU's (audio, visual) probabilities in training"
-        parsing = self.backbone(audio, frames, motion, cross_attention=cross_attention, mask=mask)
+        parsing = self.backbone(audio, frames, motion, cross_attention=cross_attention, mask=mask, projected=projected)
         if self.msdu is not None and self.training:
             e = parsing.extra["projected"]
             parsing.extra["measured"] = self.msdu(*(e if self.msdu_gradient else (x.detach() for x in e)), mask)
         return parsing
 
-# %% ../nbs/12_dgm.ipynb #e6ad65db
+# %% ../nbs/12_dgm.ipynb #72433b83
 class MSDULoss:
     "The baseline's loss plus the same modality terms on MSDU's probabilities (`ms_audio`, `ms_visual`)"
     def __init__(self, base,               # a loss with `.targets(batch)`, `.w_audio`, `.w_visual`, such as `GuidedLoss`
                  weight: float = 1.0):     # of the added terms
         self.base, self.weight = base, weight
+
+    def targets(self, batch): return self.base.targets(batch)
 
     def __call__(self, parsing, batch) -> dict:
         "Named terms; without MSDU probabilities those of the baseline"

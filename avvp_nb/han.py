@@ -113,7 +113,7 @@ class TransformerLayer(nn.Module):
 
 TEMPORAL = {"han": HybridAttention, "none": NoTemporalNet, "gru": GRULayer, "transformer": TransformerLayer}  # HAN, Table 2
 
-# %% ../nbs/10_han.ipynb #9f0d1a83
+# %% ../nbs/10_han.ipynb #78f3dd22
 PROTOCOLS = ("official", "paper")
 
 class HAN(nn.Module):
@@ -153,13 +153,20 @@ class HAN(nn.Module):
         "What happens to the attended features on their way to the heads: nothing here (JoMoLD drops out some of vision's)"
         return x_audio, x_visual
 
-    def forward(self, audio, frames, motion, *, cross_attention: bool = True, mask=None) -> Parsing:
+    def forward(self, audio, frames, motion, *, cross_attention: bool = True, mask=None,
+                projected=None) -> Parsing:                          # what `project` made of the same features
         "Audio (B,T,128), frames (B,T|8T,2048), motion (B,T,512), mask (B,T) or None"
-        e = self.project(audio, frames, motion)                      # 2 x (B,T,D) before attention
+        e = self.project(audio, frames, motion) if projected is None else projected   # 2 x (B,T,D) before attention
         x = self.attend(*e, cross_attention, mask)                   # 2 x (B,T,D) after it
         parsing = self.head(*self.before_head(*x), mask)
-        parsing.extra = {"projected": e, "attended": x}              # for losses that look inside
+        parsing.extra = {"projected": e, "attended": x, "mask": mask}   # for losses that look inside
         return parsing
+
+    def both_passes(self, audio, frames, motion, *, mask=None) -> tuple:
+        "The parsings with and without cross-attention; the projections are computed once"
+        e = self.project(audio, frames, motion)
+        return (self(audio, frames, motion, mask=mask, projected=e),
+                self(audio, frames, motion, mask=mask, projected=e, cross_attention=False))
 
 # %% ../nbs/10_han.ipynb #3673955b
 def key_pair(official: str, ours: str, rows=slice(None)):

@@ -8,7 +8,7 @@ __all__ = ['NCE_FEATURES', 'POSITIVES', 'NOISY_AUDIO', 'NOISY_VISUAL', 'RELEASED
            'JoMoLDLoss', 'class_means', 'noise_ratios', 'estimate_ratios', 'ranks', 'truncated', 'denoise_labels',
            'used_ratio', 'DenoiseCB', 'jomold_keys']
 
-# %% ../nbs/11a_jomold.ipynb #6c153667
+# %% ../nbs/11a_jomold.ipynb #7f693e06
 import math
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .core import InputError, Parsing, check_choice
 from .han import HAN, HybridAttention
-from .learner import Callback, predict
+from .learner import Callback, detached, predict
 from .losses import GuidedLoss, bce_each
 
 # %% ../nbs/11a_jomold.ipynb #8a673df3
@@ -48,14 +48,14 @@ class JoMoLD(HAN):
         "Dropout on vision only"
         return x_audio, self.visual_drop(x_visual)
 
-# %% ../nbs/11a_jomold.ipynb #46609100
+# %% ../nbs/11a_jomold.ipynb #3e8b1e6a
 class NoiseEstimator(JoMoLD):
     "JoMoLD without cross-attention, the network of the first stage"
-    def forward(self, audio, frames, motion, *, cross_attention: bool = False, mask=None) -> Parsing:
+    def forward(self, audio, frames, motion, *, cross_attention: bool = False, mask=None, projected=None) -> Parsing:
         "As `JoMoLD`, with cross-attention off unless asked for"
-        return super().forward(audio, frames, motion, cross_attention=cross_attention, mask=mask)
+        return super().forward(audio, frames, motion, cross_attention=cross_attention, mask=mask, projected=projected)
 
-# %% ../nbs/11a_jomold.ipynb #4a7a0c5c
+# %% ../nbs/11a_jomold.ipynb #d7e7aab0
 def similarities(x_audio, x_visual,          # (B,T,D) features
                  temperature: float = 0.2):
     "Cosine of each second of sound (rows) with each second of the picture (columns) over the temperature, (B,T,T)"
@@ -64,21 +64,28 @@ def similarities(x_audio, x_visual,          # (B,T,D) features
     return a@v.mT/temperature
 
 def mixture_nce(logits,                      # (B,T,T), the right column of row t is t
-                smoothing: float = 0.1):     # probability mass that the wrong columns share
-    "Negative log of the smoothed mixture, mean over rows: a scalar, at least -log(1 - smoothing)"
+                smoothing: float = 0.1,      # probability mass that the wrong columns share
+                mask=None):                  # (B,T) bool, False where a video is padded
+    "Negative log of the smoothed mixture, mean over rows that exist: a scalar, at least -log(1 - smoothing)"
     if not 0 <= smoothing < 1: raise InputError(f"{smoothing!r} is not possible", where="smoothing", expected="0 <= smoothing < 1")
     T = logits.shape[-1]
-    q = torch.full((T, T), smoothing/max(T - 1, 1), device=logits.device).fill_diagonal_(1 - smoothing)
-    return -((logits.softmax(-1)*q).sum(-1)).log().mean()
+    if mask is None:
+        q = torch.full((T, T), smoothing/max(T - 1, 1), device=logits.device).fill_diagonal_(1 - smoothing)
+        return -((logits.softmax(-1)*q).sum(-1)).log().mean()
+    p = logits.masked_fill(~mask[:, None], -math.inf).softmax(-1)              # padded seconds are no candidates
+    right = p.diagonal(dim1=-2, dim2=-1)                                       # (B,T)
+    mixed = (1 - smoothing)*right + smoothing*(p.sum(-1) - right)/(mask.sum(1, keepdim=True) - 1).clamp(min=1)
+    return -torch.where(mask, mixed, 1.).log().sum()/mask.sum()                # nor do they ask
 
-# %% ../nbs/11a_jomold.ipynb #bf431e18
+# %% ../nbs/11a_jomold.ipynb #fd414e76
 def contrastive(x_audio, x_visual,             # (B,T,D) features, sound as the query
                 temperature: float = 0.2,
-                smoothing: float = 0.1):
+                smoothing: float = 0.1,
+                mask=None):                    # (B,T) bool, False where a video is padded
     "JoMoLD's contrastive term of a batch, a scalar"
-    return mixture_nce(similarities(x_audio, x_visual, temperature), smoothing)
+    return mixture_nce(similarities(x_audio, x_visual, temperature), smoothing, mask)
 
-# %% ../nbs/11a_jomold.ipynb #7f2df721
+# %% ../nbs/11a_jomold.ipynb #55ce06aa
 NCE_FEATURES = ("jomold", "ma")
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ class JoMoLDLoss(GuidedLoss):
         if not self.w_contrast: return terms
         x_audio, x_visual = parsing.extra["attended"]
         if self.features == "ma": x_visual = parsing.extra["projected"][1]
-        return {**terms, "contrast": self.w_contrast*contrastive(x_audio, x_visual, self.temperature, self.smoothing)}
+        nce = contrastive(x_audio, x_visual, self.temperature, self.smoothing, parsing.extra.get("mask"))
+        return {**terms, "contrast": self.w_contrast*nce}
 
 # %% ../nbs/11a_jomold.ipynb #348b28a8
 def _rows(x):
@@ -191,7 +199,7 @@ def used_ratio(ratio,                        # (C,) float64
         ratio = ratio*f(s)                   # overwritten in every iteration
     return ratio
 
-# %% ../nbs/11a_jomold.ipynb #d9417208
+# %% ../nbs/11a_jomold.ipynb #76ce5a39
 class DenoiseCB(Callback):
     "Strike out labels of each batch before the training step"
     def __init__(self,
@@ -210,11 +218,11 @@ class DenoiseCB(Callback):
 
     def losses(self, learner):
         "Element-wise losses of the current batch without cross-attention, 2 x (B,C)"
-        b, loss = learner.batch, getattr(learner.loss, "base", learner.loss)
+        projected = detached(learner.projections())      # no dropout in there: the training pass takes the same ones
         learner.model.train(not self.denoise_eval_mode)
-        with torch.no_grad(), learner.autocast(): p = learner.model(b.audio, b.frames, b.motion, cross_attention=False)
+        with torch.no_grad(): p = learner.forward(cross_attention=False, projected=projected)
         learner.model.train()
-        return [bce_each(x, y) for x, y in zip((p.audio, p.visual), loss.targets(b))]
+        return [bce_each(x, y) for x, y in zip((p.audio, p.visual), learner.loss.targets(learner.batch))]
 
     def before_batch(self, learner):
         self.counts[0] += learner.batch.weak.sum(0)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMOOTHING', 'PROTOCOLS', 'GLOBAL_TARGETS', 'RECIPE', 'LOSS', 'RULE', 'REFINE', 'FORMAT', 'LIST_COLUMNS', 'UNUSED',
-           'similarity', 'contrast', 'contrastive', 'MALoss', 'recipe', 'draw_partners', 'SwapTest', 'assembled',
-           'Track', 'reusable', 'make_track', 'stream', 'assembled_from_tracks', 'swap_test', 'Errors', 'hamming_error',
-           'normalised', 'error_rates', 'refine_labels', 'Refinement', 'refine', 'read_removed', 'ma_keys']
+           'similarity', 'contrast', 'contrastive', 'MALoss', 'recipe', 'draw_partners', 'SwapTest', 'looped', 'paired',
+           'assembled', 'Track', 'reusable', 'make_track', 'stream', 'assembled_from_tracks', 'swap_test', 'Errors',
+           'hamming_error', 'normalised', 'error_rates', 'refine_labels', 'Refinement', 'refine', 'read_removed',
+           'ma_keys']
 
 # %% ../nbs/11_ma.ipynb #50833029
 import io
@@ -35,24 +36,31 @@ def similarity(x_audio,             # (B,T,D) sound after attention
     if not tau > 0: raise InputError(f"{tau!r} is not possible", where="tau", expected="a number > 0", fix="the paper uses 0.2")
     return F.normalize(x_audio.float(), dim=-1)@F.normalize(e_visual.float(), dim=-1).mT/tau
 
-# %% ../nbs/11_ma.ipynb #b455d477
+# %% ../nbs/11_ma.ipynb #7d0d9d93
 SMOOTHING = {"official": 0.1, "paper": 0.0}   # share of the target that goes to the wrong seconds
 PROTOCOLS = tuple(SMOOTHING)                  # the first is the default
 
 def contrast(logits,                   # (B,T,T), row t should pick column t
-             smoothing: float = 0.1):  # share of the other seconds in the target
-    "Cross entropy of each row against its own second, mean over B and T (MA Eq. 8, with label smoothing)"
+             smoothing: float = 0.1,   # share of the other seconds in the target
+             mask=None):               # (B,T) bool, False where a video is padded
+    "Cross entropy of each row against its own second, mean over rows that exist (MA Eq. 8, with label smoothing)"
     T = logits.shape[-1]
     if T < 2: raise InputError("one second has nothing to be contrasted with", where="contrast", expected="at least 2 seconds")
-    logp = logits.log_softmax(-1)
-    right = logp.diagonal(dim1=-2, dim2=-1)                                     # (B,T)
-    return -((1 - smoothing)*right + smoothing*(logp.sum(-1) - right)/(T - 1)).mean()
+    if mask is None:
+        logp = logits.log_softmax(-1)
+        right = logp.diagonal(dim1=-2, dim2=-1)                                 # (B,T)
+        return -((1 - smoothing)*right + smoothing*(logp.sum(-1) - right)/(T - 1)).mean()
+    logp = logits.masked_fill(~mask[:, None], -torch.inf).log_softmax(-1)      # padded seconds are no candidates
+    right, own = logp.diagonal(dim1=-2, dim2=-1), mask.sum(1, keepdim=True)    # (B,T), (B,1)
+    wrong = logp.masked_fill(~mask[:, None], 0.).sum(-1) - right
+    rows = (1 - smoothing)*right + smoothing*wrong/(own - 1).clamp(min=1)
+    return -rows.masked_fill(~mask, 0.).sum()/mask.sum()                       # nor do they ask
 
-def contrastive(x_audio, e_visual, tau: float = 0.2, protocol: str = "official"):
+def contrastive(x_audio, e_visual, tau: float = 0.2, protocol: str = "official", mask=None):
     "MA's contrastive loss of features (B,T,D), a scalar; `protocol` 'paper' has a one-hot target"
-    return contrast(similarity(x_audio, e_visual, tau), SMOOTHING[check_choice(protocol, PROTOCOLS, "protocol")])
+    return contrast(similarity(x_audio, e_visual, tau), SMOOTHING[check_choice(protocol, PROTOCOLS, "protocol")], mask)
 
-# %% ../nbs/11_ma.ipynb #56e01608
+# %% ../nbs/11_ma.ipynb #53c2c272
 GLOBAL_TARGETS = ("official", "full")   # without the labels removed for audio, or the weak label as it is
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class MALoss:
             raise InputError("the model hands out no features", where="parsing.extra", expected="'projected' and 'attended', as from `han.HAN`",
                              fix="set weight=0 to train without the contrast")
         x, e = parsing.extra["attended"][0], parsing.extra["projected"][1]
-        return {**terms, "contrast": self.weight*contrastive(x, e, self.tau, self.protocol)}
+        return {**terms, "contrast": self.weight*contrastive(x, e, self.tau, self.protocol, parsing.extra.get("mask"))}
 
 # %% ../nbs/11_ma.ipynb #54110704
 RECIPE = dict(lr=3e-4, batch_size=16, epochs=12, step=10, factor=0.1, select="last")  # the released code, stages 1 and 3
@@ -169,7 +177,7 @@ def draw_partners(weak,                     # (N,C) weak labels, 0 or 1
     drawn = _draw(y, n_partners, rng, ids)
     return np.where(mate < 0, drawn, mate) if symmetric else drawn
 
-# %% ../nbs/11_ma.ipynb #728f058f
+# %% ../nbs/11_ma.ipynb #deb57e49
 class SwapTest(NamedTuple):
     "Video-level probabilities (N,C) of the original and the assembled videos; x_y: stream x, track y changed"
     a: np.ndarray     # own pair (A_i,V_i), audio stream
@@ -188,13 +196,30 @@ def _evaluating(model):
         with torch.inference_mode(): yield next(model.parameters()).device
     finally: model.train(was)
 
+def looped(x,          # (B,t,D) or, with k rows per second, (B,kt,D): features, padded at the end
+           lengths,    # (B,) seconds of each video
+           t: int,     # seconds that `x` has room for
+           T: int):    # seconds of the result
+    "The same tracks, each started again from its beginning until `T` seconds are full, (B,T,D) or (B,kT,D)"
+    second = torch.arange(T, device=x.device) % lengths[:, None]                                # (B,T)
+    return x.unflatten(1, (t, -1))[torch.arange(len(x), device=x.device)[:, None], second].flatten(1, 2)
+
+def paired(a, v) -> tuple:  # features (audio, frames, motion), and their mask or None
+    "The sound of batch `a` with the picture of batch `v`; a pair is as long as its longer track"
+    if a.mask is None and v.mask is None and a.audio.shape[1] == v.audio.shape[1]: return (a.audio, v.frames, v.motion), None
+    t = [b.audio.shape[1] for b in (a, v)]
+    n = [torch.full((len(b.audio),), t, device=b.audio.device) if b.mask is None else b.mask.sum(1) for b, t in zip((a, v), t)]
+    T = max(t)                                              # of the longest pair: each batch is as wide as its longest video
+    mask = torch.arange(T, device=a.audio.device) < torch.maximum(*n)[:, None]
+    return (looped(a.audio, n[0], t[0], T), *(looped(x, n[1], t[1], T) for x in (v.frames, v.motion))), mask
+
 def assembled(model, clips, audio_of, visual_of, batch_size: int = 256):
     "Audio and visual probabilities (P,2,C) of videos with the sound of `audio_of` (P,) and the picture of `visual_of` (P,)"
     out = []
     with _evaluating(model) as device:
         for k in range(0, len(audio_of), batch_size):
-            a, v = (clips.batch(i[k:k+batch_size], device) for i in (audio_of, visual_of))
-            p = model(a.audio, v.frames, v.motion)
+            features, mask = paired(*(clips.batch(i[k:k+batch_size], device) for i in (audio_of, visual_of)))
+            p = model(*features) if mask is None else model(*features, mask=mask)
             out.append(torch.stack([p.audio, p.visual], 1).float().cpu())
     return torch.cat(out).numpy()
 
@@ -226,7 +251,7 @@ def stream(model, own: Track, other: Track, m: int):
     cls, temporal = F.linear(x, maps.weight[:2*c], maps.bias[:2*c]).float().chunk(2, -1)       # 2 x (B,T,C)
     return (temporal.softmax(1)*cls.sigmoid()).sum(1)
 
-# %% ../nbs/11_ma.ipynb #ee145310
+# %% ../nbs/11_ma.ipynb #433feaa4
 def assembled_from_tracks(model, clips, audio_of, visual_of, batch_size: int = 256):
     "The same as `assembled`, with every track computed once"
     parts, out = ([], []), []
@@ -245,7 +270,7 @@ def swap_test(model,                   # the base model
               clips,                   # the training videos
               partners,                # (N,n) or (N,) from `draw_partners`
               batch_size: int = 256,
-              reuse: bool = True,      # compute each track once where the model allows it
+              reuse: bool = True,      # compute each track once where the model allows it and all videos are equally long
               ) -> SwapTest:
     "Probabilities of all videos with their own and with exchanged tracks, averaged over partners"
     n, j = len(clips), np.asarray(partners).reshape(len(clips), -1)
@@ -253,7 +278,7 @@ def swap_test(model,                   # the base model
     i = np.broadcast_to(np.arange(n)[:, None], j.shape)
     asked = [n*i[:, :1] + i[:, :1], n*j + i, n*i + j]                      # audio*n + visual of: own pair, (A_j,V_i), (A_i,V_j)
     todo, where = np.unique(np.concatenate([x.ravel() for x in asked]), return_inverse=True)
-    run = assembled_from_tracks if reuse and reusable(model) else assembled
+    run = assembled_from_tracks if reuse and reusable(model) and clips.lengths is None else assembled
     p = run(model, clips, *np.divmod(todo, n), batch_size)[where.ravel()]  # (asked,2,C)
     own, new_sound, new_picture = (x.reshape(n, -1, *p.shape[1:]).mean(1) for x in np.split(p, [n, n + j.size]))
     return SwapTest(own[:, 0], own[:, 1], new_sound[:, 1], new_sound[:, 0], new_picture[:, 0], new_picture[:, 1])

@@ -8,11 +8,11 @@ __all__ = ['VERSION', 'SPLITS', 'SIZES', 'T', 'C', 'RANGES', 'OPTIONS', 'MAIN', 
            'pattern_code', 'pattern_bits', 'build_bank', 'Bank', 'load_bank', 'hidden_probability', 'bank_patterns',
            'chain_patterns', 'choose_attempt', 'draw_weak', 'draw_dense', 'SimLabels', 'sim_id', 'annotation_split',
            'video_range', 'simulate_labels', 'label_source', 'run_lengths', 'describe_labels', 'group_of', 'Sense',
-           'draw_sense', 'World', 'make_world', 'Draws', 'draw_normals', 'smooth', 'memory_matrix', 'event_signal',
-           'latents', 'observe', 'one_torch_thread', 'fill_video', 'fill_videos', 'sim_mark', 'labels_hash',
-           'sim_source', 'feature_shapes', 'fill_features', 'as_clips', 'simulate', 'describe_features',
-           'profile_sizes', 'simulate_splits', 'oracle_labels', 'cached_simulate', 'write_labels', 'layout_provenance',
-           'write_simulated', 'calibration_rows', 'sim_facts']
+           'draw_sense', 'sense_of', 'World', 'make_world', 'draw_maps', 'Draws', 'draw_normals', 'smooth',
+           'memory_matrix', 'event_signal', 'latents', 'observe', 'one_torch_thread', 'fill_video', 'fill_videos',
+           'sim_mark', 'labels_hash', 'sim_source', 'feature_shapes', 'fill_features', 'as_clips', 'simulate',
+           'describe_features', 'profile_sizes', 'simulate_splits', 'oracle_labels', 'cached_simulate', 'write_labels',
+           'layout_provenance', 'write_simulated', 'calibration_rows', 'sim_facts']
 
 # %% ../nbs/04_simulate.ipynb #c3cdaf61
 import hashlib
@@ -359,7 +359,7 @@ def group_of(modality: str  # "audio" or "visual"
     groups = [g.split() for g in GROUPS[modality]]
     return np.array([next(i for i, g in enumerate(groups) if name in g) for name in CLASSES])
 
-# %% ../nbs/04_simulate.ipynb #2149592e
+# %% ../nbs/04_simulate.ipynb #da316519
 class Sense(NamedTuple):
     "What a world knows about one modality, float32"
     prototypes: np.ndarray  # (C,K) unit vectors
@@ -374,18 +374,25 @@ def draw_sense(rng: np.random.Generator,
                kappa: float,    # `confusability`
                omega: float     # `context_overlap`
                ) -> Sense:
-    "Draw prototypes, scenes and gains of one modality, in this order: own, group, context, gain"
-    k, group = LATENT[modality], group_of(modality)
-    own, shared, other = (_unit(rng.standard_normal((n, k))) for n in (C, group.max() + 1, C))
-    gain = np.exp(spread * rng.standard_normal(C))
-    gain[CLASSES.index("Speech")] = 1
+    "Draw prototypes, scenes and gains of one modality of LLP"
+    return sense_of(rng, group_of(modality), LATENT[modality], CLASSES.index("Speech"), spread, kappa, omega)
+
+def sense_of(rng: np.random.Generator,
+             group: np.ndarray,   # (C,) group of each class
+             k: int,              # latent dimensions
+             fixed: int,          # the class whose gain is 1
+             spread: float, kappa: float, omega: float) -> Sense:
+    "Draw prototypes, scenes and gains of any set of classes, in this order: own, group, context, gain"
+    own, shared, other = (_unit(rng.standard_normal((n, k))) for n in (len(group), group.max() + 1, len(group)))
+    gain = np.exp(spread * rng.standard_normal(len(group)))
+    gain[fixed] = 1
     alone = np.bincount(group)[group] == 1
     mixed = _unit(np.sqrt(1 - kappa)*own + np.sqrt(kappa)*shared[group])  # (C,K)
     prototypes = np.where(alone[:, None], own, mixed)
     scenes = np.sqrt(omega)*prototypes + np.sqrt(1 - omega)*other
     return Sense(*(x.astype(np.float32) for x in (prototypes, scenes, gain)))
 
-# %% ../nbs/04_simulate.ipynb #1052e435
+# %% ../nbs/04_simulate.ipynb #b94e159e
 MAPS = {"audio": ("audio", 128, 0.45, -0.3), "frames": ("visual", 2048, 0.4, -0.3),
         "motion": ("visual", 512, 0.6, 0.0)}  # feature -> latent modality, dimensions D, scale, b_0
 
@@ -402,12 +409,18 @@ def make_world(params: SimParams = SimParams()) -> World:
 @lru_cache(maxsize=4)
 def _world(seed: int, *shape) -> World:
     rng = np.random.default_rng(seed)
-    senses, maps = {m: draw_sense(rng, m, *shape) for m in LATENT}, {}
-    for name, (m, d, scale, bias) in MAPS.items():
+    return World(**{m: draw_sense(rng, m, *shape) for m in LATENT}, maps=draw_maps(rng, MAPS))
+
+def draw_maps(rng: np.random.Generator,
+              maps: dict,  # as `MAPS`
+              ) -> dict:   # feature -> (W (K,D), b (D,)) float32 tensors
+    "Draw the observation maps of some features, in their order"
+    out = {}
+    for name, (m, d, scale, bias) in maps.items():
         w = scale * rng.standard_normal((LATENT[m], d)) / np.sqrt(LATENT[m])
         b = scale * (bias + 0.5*rng.standard_normal(d))
-        maps[name] = torch.tensor(w, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
-    return World(**senses, maps=maps)
+        out[name] = torch.tensor(w, dtype=torch.float32), torch.tensor(b, dtype=torch.float32)
+    return out
 
 # %% ../nbs/04_simulate.ipynb #9c202214
 class Draws(NamedTuple):
@@ -432,7 +445,7 @@ def draw_normals(seed: int, split: str, i: int, n: int) -> Draws:
     x = rng.standard_normal(ends[-1], dtype=np.float32)
     return Draws(*(part.reshape(s) for part, s in zip(np.split(x, ends[:-1]), shapes)))
 
-# %% ../nbs/04_simulate.ipynb #818b5bac
+# %% ../nbs/04_simulate.ipynb #56b6fb15
 def smooth(active: np.ndarray,  # (T,n) activity
            blur: float,         # β, share that leaks to the two neighbours
            ) -> np.ndarray:
@@ -440,7 +453,7 @@ def smooth(active: np.ndarray,  # (T,n) activity
     a = np.concatenate([active[:1], active, active[-1:]])
     return (1 - blur)*a[1:-1] + blur/2*(a[:-2] + a[2:])
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=512)
 def memory_matrix(memory: float,  # correlation between seconds
                   t: int = T,     # seconds
                   ) -> np.ndarray:
@@ -450,7 +463,7 @@ def memory_matrix(memory: float,  # correlation between seconds
     m[:, 0] = memory ** np.arange(t)
     return m.astype(np.float32)
 
-# %% ../nbs/04_simulate.ipynb #b50ce894
+# %% ../nbs/04_simulate.ipynb #55d1746b
 def event_signal(active: np.ndarray,    # (T,n) activity of the present classes
                  strength: np.ndarray,  # (n,) SNR · gain · salience
                  prototypes: np.ndarray,  # (n,K)
@@ -463,14 +476,15 @@ def latents(audio: np.ndarray,   # (T,C) activity in sound
             visual: np.ndarray,  # (T,C) in picture
             hidden: np.ndarray,  # (C,) bool, present classes
             draws: Draws,
-            params: SimParams = SimParams()) -> tuple:  # z_audio (T,Ka), z_visual (T,Kv), float32
-    "The latent signals of one video"
-    p, world, here, z = params, make_world(params), np.flatnonzero(hidden), []
+            params: SimParams = SimParams(),
+            world=None) -> tuple:  # z_audio (T,Ka), z_visual (T,Kv), float32
+    "The latent signals of one video; `world` is that of LLP unless another one is given"
+    p, world, here, z = params, world or make_world(params), np.flatnonzero(hidden), []
     salience = np.exp(p.salience*draws.salience - p.salience**2/2)  # (2,n)
     for m, active, snr, s in zip(LATENT, (audio, visual), (p.audio_snr, p.visual_snr), salience):
         sense, d = getattr(world, m), {k: getattr(draws, f"{k}_{m}") for k in ("style", "background", "jitter")}
         z.append(event_signal(active[:, here], snr*sense.gain[here]*s, sense.prototypes[here], p.style*d["style"], p.boundary_blur)
-                 + p.background * (memory_matrix(getattr(p, f"memory_{m}")) @ d["background"])
+                 + p.background * (memory_matrix(getattr(p, f"memory_{m}"), len(active)) @ d["background"])
                  + getattr(p, f"jitter_{m}") * d["jitter"])
     return z[0], z[1] + p.context_leak * world.visual.scenes[here].sum(0)
 
