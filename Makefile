@@ -19,7 +19,7 @@ QUIET := --stdout-file - --no-progress-bar --log-level WARNING
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help dgm han ma smoke test check export clean bench readme lab env
+.PHONY: help dgm han ma coleaf smoke test check export clean bench readme lab env
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -40,6 +40,9 @@ han: $(STAMP) ## HAN beside its Table 1; all rows of Table 2 with ARGS="-y '{tab
 ma: $(STAMP) ## MA in its three stages; options as for dgm
 	$(run_notebook)
 
+coleaf: $(STAMP) ## CoLeaF's Tables 1 to 8, at the tiny scale; options as for dgm
+	$(run_notebook)
+
 smoke: ## the main job at its smallest scale, in seconds
 	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
 
@@ -55,7 +58,7 @@ export: $(STAMP) ## write avvp_nb/ from the notebooks
 clean: $(STAMP) ## strip the notebooks of what only disturbs diffs (outputs stay)
 	$(PY) tools/check.py --clean
 
-bench: $(STAMP) ## throughput beside the official way of working, on this machine
+bench: $(STAMP) ## speed beside the official way of working and the machine's ceilings; ARGS=--save keeps it in figures/bench
 	$(PY) -m bench $(ARGS)
 
 readme: $(STAMP) ## write the generated block of README.md from figures/records

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPORAL', 'PROTOCOLS', 'UNUSED', 'RECIPE', 'LOSS', 'RULE', 'pooled_frames', 'Projections', 'PlainAttention',
-           'HybridAttention', 'NoTemporalNet', 'GRULayer', 'TransformerLayer', 'HAN', 'key_pair', 'han_keys']
+           'merged_maps', 'HybridAttention', 'NoTemporalNet', 'GRULayer', 'TransformerLayer', 'HAN', 'key_pair',
+           'han_keys']
 
-# %% ../nbs/10_han.ipynb #905f6004
+# %% ../nbs/10_han.ipynb #4d70a39b
+from typing import Optional
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -48,14 +51,23 @@ class PlainAttention(nn.Module):
         x = own + F.scaled_dot_product_attention(own, own, own, attn_mask=m)
         return x + F.scaled_dot_product_attention(own, other, other, attn_mask=m) if cross_attention else x
 
-# %% ../nbs/10_han.ipynb #ca9053c6
+# %% ../nbs/10_han.ipynb #7da1b74e
+def merged_maps(w, b,      # (3D,D) and (3D,): maps of queries, keys and values of one attention
+                w_out):    # (D,D): map of its output
+    "Maps of the queries into the space of the features, and of the values into that of the output: (2D,D) and (2D,)"
+    (q, k, v), (b_q, _, b_v) = w.chunk(3), b.chunk(3)
+    return torch.cat([k.mT@q, w_out@v]), torch.cat([k.mT@b_q, w_out@b_v])
+
+# %% ../nbs/10_han.ipynb #24c75fbc
 class HybridAttention(nn.Module):
     "One HAN layer H(own, other), as released"
     def __init__(self,
                  dim: int = 512,          # D
                  hidden: int = 512,       # width of the feed-forward half
-                 dropout: float = 0.1):   # on attention weights and after each sub-layer
+                 dropout: float = 0.1,    # on attention weights and after each sub-layer
+                 merge: Optional[bool] = None):   # multiply maps out before they meet the features; None: where that is cheaper
         super().__init__()
+        self.merge = merge
         self.qkv = nn.Linear(dim, 6*dim)      # self q,k,v | cross q,k,v
         self.out_self, self.out_cross = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.ffn1, self.ffn2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -72,13 +84,34 @@ class HybridAttention(nn.Module):
         *sa, q = F.linear(own, w_own, b_own).chunk(4, -1)                             # 4 x (B,T,D)
         return sa, (q, *F.linear(other, w_other, b_other).chunk(2, -1))
 
+    def merges(self, own) -> bool:
+        "Is it cheaper to multiply maps out? A product of two maps costs as much as `dim` rows of features"
+        if self.merge is not None: return self.merge
+        return own.shape[0]*own.shape[1] >= 2*own.shape[2] and not torch.is_autocast_enabled(own.device.type)
+
+    def project_merged(self, own, other, cross_attention: bool = True):
+        "As `project`, with the keys' map in the queries and the output's map in the values; the features are the keys"
+        (w_self, w_cross), (b_self, b_cross), d = self.qkv.weight.chunk(2), self.qkv.bias.chunk(2), own.shape[-1]
+        w, b = merged_maps(w_self, b_self, self.out_self.weight)
+        if not cross_attention: q, v = F.linear(own, w, b).chunk(2, -1); return (q, own, v), None
+        w_cross, b_cross = merged_maps(w_cross, b_cross, self.out_cross.weight)
+        w, b = torch.cat([w, w_cross[:d]]), torch.cat([b, b_cross[:d]])
+        q, v, q_cross = F.linear(own, w, b).chunk(3, -1)                              # 3 x (B,T,D)
+        return (q, own, v), (q_cross, other, F.linear(other, w_cross[d:], b_cross[d:]))
+
+    def attend(self, own, other, cross_attention: bool = True, mask=None):
+        "Yield the output of the self-attention and, if wanted, of the cross-attention, (B,T,D) each"
+        m, merge = None if mask is None else mask[:, None, :], self.merges(own)
+        pairs = (self.project_merged if merge else self.project)(own, other, cross_attention)
+        for qkv, out in zip(pairs, (self.out_self, self.out_cross)):
+            if qkv is None: return
+            x = F.scaled_dot_product_attention(*qkv, attn_mask=m, dropout_p=self.drop.p if self.training else 0.)
+            yield x + out.bias if merge else out(x)
+
     def forward(self, own, other, cross_attention: bool = True, mask=None):
         "H(own, other) for features (B,T,D); `mask` (B,T) is False where a video is padded"
-        m = None if mask is None else mask[:, None, :]
-        sa, ca = self.project(own, other, cross_attention)
-        def attend(qkv): return F.scaled_dot_product_attention(*qkv, attn_mask=m, dropout_p=self.drop.p if self.training else 0.)
-        x = own + self.drop(self.out_self(attend(sa)))
-        if cross_attention: x = x + self.drop(self.out_cross(attend(ca)))
+        x = own
+        for y in self.attend(own, other, cross_attention, mask): x = x + self.drop(y)
         x = self.norm1(x)
         return self.norm2(x + self.drop(self.ffn2(self.drop(F.relu(self.ffn1(x))))))
 

@@ -629,7 +629,7 @@ def refinement_of(record: dict, store: "Store") -> Refinement:
     if record["spec"]["method"] != "ma" or not record["first"]: raise InputError("has no refinement", where=record["key"], expected="a run of MA that refines")
     return Refinement.load(store.product_path(f"ma-{content_hash([record['first'], MA.product_key(record['spec'])])}"))
 
-# %% ../nbs/20_runs.ipynb #cbbaefc1
+# %% ../nbs/20_runs.ipynb #5f10fbd6
 def network_sizes(clips) -> dict:
     "Class count and feature widths of a network for these clips"
     return {"classes": clips.weak.shape[1], "audio_dim": clips.audio.shape[2], "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2]}
@@ -637,7 +637,7 @@ def network_sizes(clips) -> dict:
 def resident(clips, device, share: float = 0.5):
     "The clips on the device, in half precision where they are stored so; as they are when they would fill more than `share` of its free memory"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-    return clips.to(device, torch.float16 if clips.frames.dtype == np.float16 else torch.float32) if clips.nbytes < share*free else clips
+    return clips.to(device, torch.float16 if "float16" in str(clips.frames.dtype) else torch.float32) if clips.nbytes < share*free else clips
 
 def learner_of(spec: RunSpec, data: Data, checkpoint, signature: str, product=None, device: str = "auto", progress: str = "auto",
                kind=Learner) -> tuple:   # `Learner`, or a class made like it
@@ -651,7 +651,7 @@ def learner_of(spec: RunSpec, data: Data, checkpoint, signature: str, product=No
     if RULES[rule].fuse is not None and has_truth(data["val"]): callbacks = [*callbacks, ThresholdsCB(data["val"], rule)]
     callbacks = [*callbacks, ScoreCB(), keep, ProgressCB(progress), CheckpointCB(checkpoint, signature)]
     learner = kind(model, clips, loss, **r, seed=spec.seed, device=device, precision=spec.precision, callbacks=callbacks)
-    if learner.device.type != "cpu": learner.train = resident(clips, learner.device)
+    if learner.device.type != "cpu" and kind is Learner: learner.train = resident(clips, learner.device)   # a stack shares one copy
     return learner, keep
 
 def train(*args, **kwargs) -> tuple:
@@ -709,7 +709,7 @@ def finish(store: Store, record: dict, test, model, val=None) -> dict:
     store.sweep(key)
     return store.record(key)
 
-# %% ../nbs/20_runs.ipynb #79b14ad2
+# %% ../nbs/20_runs.ipynb #e8430235
 def run_many(specs, store="runs", device: str = "auto", progress: str = "auto",
              stack: Optional[int] = None,   # most runs that are trained as one; None: on a GPU what its memory allows, on a CPU 1
              ) -> list:
@@ -731,4 +731,6 @@ def describe(spec: RunSpec) -> str:
     "A spec in a few words: what differs from the defaults"
     options = ", ".join(f"{k}={v}" for k, v in spec.options.items() if v != METHODS[spec.method].options[k])
     name = spec.method if spec.backbone == spec.method else f"{spec.method} on {spec.backbone}"
-    return name + (f" ({options})" if options else "") + f", {spec.scale}, seed {spec.seed}"
+    protocol = spec.protocol if spec.protocol != METHODS[spec.method].protocols[0] else ""
+    others = [protocol, spec.labels or "", spec.data.dataset if spec.data.dataset != "llp" else ""]
+    return name + (f" ({options})" if options else "") + "".join(f", {x}" for x in others if x) + f", {spec.scale}, seed {spec.seed}"

@@ -2,7 +2,8 @@
 
 A benchmark is a module of this folder with a function `run() -> dict` of named numbers (nested, if it likes) that raises
 where the results it compares differ. Names given on the command line choose among them; one that is missing or fails is
-reported, and the others still run. The numbers are also left in runs/bench.json.
+reported, and the others still run. The numbers are also left in runs/bench.json; with `--save` (`make bench ARGS=--save`)
+also in figures/bench/, under the name of the machine, as JSON and as Markdown. Run it on a machine that does nothing else.
 """
 import importlib
 import json
@@ -10,9 +11,14 @@ import os
 import platform
 import sys
 import traceback
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from avvp_nb.core import atomic_write, write_json
+from avvp_nb.gpu import slug
+from avvp_nb.runs import commit
 
 BENCHMARKS = ("training", "scoring")
 MEMORY = "/proc/meminfo"
@@ -58,8 +64,25 @@ def table(results):
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, width)).rstrip() for line in lines)
 
 
+def markdown(record):
+    "A saved result for readers"
+    rows = [(name, k, cell(v)) for name, found in record["results"].items() for k, v in flat(found)]
+    lines = ["| benchmark | quantity | value |", "|---|---|---:|", *(f"| {' | '.join(r)} |" for r in rows)]
+    where = ", ".join(f"{k} {v}" for k, v in record["hardware"].items())
+    return f"# Speed on {where}\n\nWritten by `make bench ARGS=--save`, {record['finished']}, commit {record['commit']}.\n\n" + "\n".join(lines) + "\n"
+
+
+def save(record, folder="figures/bench"):
+    "Write a result under the name of its machine, as JSON and as Markdown"
+    path = Path(folder) / f"{slug(record['hardware'])}.json"
+    write_json(record, path)
+    with atomic_write(path.with_suffix(".md")) as f: f.write(markdown(record))
+    print(f"saved as {path} and .md")
+
+
 def main(names):
     "Run the benchmarks `names`, print the table, and return the exit status"
+    names, keep = [n for n in names if n != "--save"], "--save" in names
     unknown = [n for n in names if n not in BENCHMARKS]
     if unknown:
         print(f"no benchmark {', '.join(unknown)}; possible: {', '.join(BENCHMARKS)}", file=sys.stderr)
@@ -76,7 +99,10 @@ def main(names):
     if failed: print(f"not measured, see above: {', '.join(failed)}")
     out = Path("runs/bench.json")
     out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"hardware": hardware(), "results": results, "failed": failed}, indent=1, default=str) + "\n")
+    record = {"hardware": hardware(), "results": results, "failed": failed, "commit": commit(),
+              "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load": os.getloadavg()[0]}
+    out.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    if keep and not failed: save(record)
     return int(bool(failed))
 
 

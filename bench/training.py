@@ -8,6 +8,10 @@ The same HAN, trained on the same videos in the same order, twice in one process
 - *ours*: `Learner` on a packed store.
 
 Both are first run without dropout, and their losses compared step by step; speed is reported only if they agree.
+
+The two are timed in turns, together with the machine's own matrix product at the shapes of a step, so that a machine that
+is busy for a while slows all of them down. FLOPs and bytes of one step are counted (`avvp_nb.gpu.Counter`). Stacked runs
+are timed beside as many single ones.
 """
 import json
 import os
@@ -21,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from avvp_nb import gpu
 from avvp_nb.data import load_annotations, load_clips
 from avvp_nb.features import open_store, pack
 from avvp_nb.han import HAN
@@ -107,17 +112,71 @@ def pair(dropout, seed=0):
     return model.train(), reference.train()
 
 
-def seconds(f, n):
-    "Best wall time of `n` calls"
-    times = []
-    for _ in range(n):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def in_turns(jobs, rounds):
+    "Best wall time of each of several functions (name: function), called in turns"
+    best = dict.fromkeys(jobs, float("inf"))
+    for _ in range(rounds):
+        for name, f in jobs.items():
+            start = time.perf_counter()
+            f()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
 
 
-def run(videos=192, epochs=1, repeat=3):
+def counted(f):
+    "GFLOP and GB of what `f` does"
+    with gpu.Counter() as c: f()
+    return c.total()
+
+
+def products(batch_size):
+    "The large matrix products of a step, each as a function, and the FLOPs of one call: {name: (function, GFLOP)}"
+    def one(m, k, n):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        return (lambda: [a @ b for _ in range(8)]), 8 * 2 * m * k * n / 1e9
+    return {name: one(*shape) for name, shape in {**gpu.shapes(batch_size), "1024 x 1024 x 1024": (1024,) * 3}.items()}
+
+
+def at(size, root, clips, epochs, rounds):
+    "Videos per second at one batch size: the reference, ours, ours in bfloat16; the ceiling, and the share of it"
+    (model, reference), gemm = pair(0.1), products(size)
+    loops = {"reference": lambda: reference_epochs(reference, root, clips, size, epochs), "ours": lambda: ours(model, clips, size, epochs),
+             "bf16": lambda: ours(model, clips, size, epochs, "bf16")}
+    t = in_turns(loops | {name: f for name, (f, _) in gemm.items()}, rounds)
+    rates = {name: gflop / t[name] for name, (_, gflop) in gemm.items()}
+    part, best = clips[:size], max(rates.values())
+    cost = {"reference": counted(lambda: reference_epochs(reference, root, part, size, 1)), "ours": counted(lambda: ours(model, part, size, 1))}
+    n, steps = len(clips) * epochs, epochs * len(clips) / size
+    rate = cost["ours"]["GFLOP"] * steps / t["ours"]
+    return {"reference videos/s": n / t["reference"], "ours videos/s": n / t["ours"], "ours in bf16 videos/s": n / t["bf16"],
+            "reference GFLOP/step": cost["reference"]["GFLOP"], "ours GFLOP/step": cost["ours"]["GFLOP"],
+            "reference GB/step": cost["reference"]["GB"], "ours GB/step": cost["ours"]["GB"],
+            "ceiling, products, GFLOP/s": rates, "ceiling, GFLOP/s": best, "reference GFLOP/s": cost["reference"]["GFLOP"] * steps / t["reference"],
+            "ours GFLOP/s": rate, "ours, % of the ceiling": 100 * rate / best,
+            "ratio at the ceiling": t["reference"] * best / (cost["ours"]["GFLOP"] * steps),
+            "ratio": t["reference"] / t["ours"], "ratio in bf16 (other numbers)": t["reference"] / t["bf16"]}
+
+
+def stacks(n, rounds, size=16, batches_=4, **kwargs):
+    "One epoch of `n` runs as a stack beside `n` epochs of one: how many times as fast"
+    from avvp_nb.stack import Lane, StackedLearner
+    clips = gpu.random_clips(size * batches_)
+    def learner(kind, seed=0): return gpu.bench_learner(clips, batch_size=size, seed=seed, learner=kind, **kwargs)
+    one, stack = learner(Learner), StackedLearner([learner(Lane, r) for r in range(n)])
+    for x in (one, *stack.lanes): x.log = {"epoch": 1}
+    stack("before_fit")
+    stack.begin()
+    t = in_turns({"one": lambda: [one.one_epoch() for _ in range(n)], "stack": stack.one_epoch}, rounds)
+    return {"one after another videos/s": n * len(clips) / t["one"], "stacked videos/s": n * len(clips) / t["stack"], "ratio": t["one"] / t["stack"]}
+
+
+def goals(found):
+    "What is wanted of two CPU cores, and what was reached"
+    return {"share of the ceiling at batch 128, %": {"wanted": 70, "reached": found["batch 128"]["ours, % of the ceiling"]},
+            "times the per-file loop at batch 16": {"wanted": 2.5, "reached": found["batch 16"]["ratio"]}}
+
+
+def run(videos=192, epochs=1, rounds=3):
     "Videos per second of both loops at batch 16 and 128, after checking that they compute the same"
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
@@ -129,15 +188,11 @@ def run(videos=192, epochs=1, repeat=3):
         a, b = ours(model, clips, 16, 1), reference_epochs(reference, root, clips, 16, 1)
         gap = float(np.abs(np.array(a) / np.array(b) - 1).max())
         if not gap < 1e-3: raise AssertionError(f"losses differ by {gap:.1e} (relative)")
-        out = {"steps compared": len(a), "largest relative loss difference": gap}
-        for size in (16, 128):
-            model, reference = pair(0.1)
-            t_ref = seconds(lambda m=reference, s=size: reference_epochs(m, root, clips, s, epochs), repeat)
-            t_our = seconds(lambda m=model, s=size: ours(m, clips, s, epochs), repeat)
-            t_half = seconds(lambda m=model, s=size: ours(m, clips, s, epochs, "bf16"), repeat)
-            n = videos * epochs
-            out[f"batch {size}"] = {"reference videos/s": n / t_ref, "ours videos/s": n / t_our, "ours in bf16 videos/s": n / t_half,
-                                    "ratio": t_ref / t_our, "ratio in bf16 (other numbers)": t_ref / t_half}
+        out = {"steps compared": len(a), "largest relative loss difference": gap, "copy, GB/s": gpu.copy_rate(seconds=1.)}
+        for size in (16, 128): out[f"batch {size}"] = at(size, root, clips[:videos // size * size], epochs, rounds)
+    out["4 runs stacked, batch 16"] = stacks(4, rounds)
+    out["16 small runs stacked (D = 32), batch 16"] = stacks(16, rounds, dim=32)
+    out["goals"] = goals(out)
     return out
 
 

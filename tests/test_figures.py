@@ -1,4 +1,4 @@
-"""Figures of the three papers: what they show, that they say what they show, and what they refuse."""
+"""Figures of the four papers: what they show, that they say what they show, and what they refuse."""
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -11,6 +11,8 @@ import torch
 from micro import toy_clips, toy_han
 
 from avvp_nb import figures as F
+from avvp_nb.cmpae import CMPAE
+from avvp_nb.coleaf import Reference
 from avvp_nb.core import PALETTE, InputError
 from avvp_nb.dgm import DGMNet
 from avvp_nb.jomold import JoMoLD
@@ -89,6 +91,13 @@ def record(n=4, method="ma", seed=1):
             "data": {"simulated": True, "mark": MARK, "identity": {}}, "history": history(n, audio=.2, visual=.3, video=.1, contrast=2.)}
 
 
+def coleaf_record(seed=1, n=4, **loss):
+    "A record of CoLeaF with what References and Anchor exchanged"
+    r = record(n, "coleaf", seed)
+    loss = loss or dict(event_audio=.1, event_visual=.2 * seed, cooccurrence_audio=1e-4, cooccurrence_visual=2e-4)
+    return r | {"history": [h | {"loss": loss, "reference": dict(audio=9., visual=8., share_audio=.5, share_visual=.2)} for h in r["history"]]}
+
+
 def all_figures(clips, truth, model, ref):
     "Every figure of data, by name"
     r, train = ref
@@ -109,13 +118,21 @@ def all_figures(clips, truth, model, ref):
         "scores": F.plot_scores({"a": F.score_curves([record(), record(seed=2)]), "b": F.score_curves(record())}, MARK),
         "terms": F.plot_terms({"stage 1": record(), "stage 3": [record(seed=2), record(seed=3)]}),
         "one video": F.plot_parsing(truth, swapped, [i], clips.ids, **kw), "one sample": F.plot_samples(*truth, [i], clips.ids, **kw),
+        "event types": F.plot_event_types(truth, {"JoMoLD": swapped, "CMPAE": truth, "CoLeaF": [audio, audio]}, i, clips.ids, **kw),
+        "exchange": F.plot_exchange([coleaf_record(), coleaf_record(2)]), "exchange in one epoch": F.plot_exchange(coleaf_record(n=1)),
         "one epoch": F.plot_terms(record(1)), "scores of one epoch": F.plot_scores({"a": F.score_curves(record(1))}, MARK)}
 
 
 def all_diagrams():
     "Every diagram, by name"
     return {"han": F.diagram_han(), "two layers": F.diagram_han(toy_han(share_layer=False)), "dgm": F.diagram_dgm(), "pipelines": F.diagram_pipelines(),
-            "dgm on jomold": F.diagram_dgm(DGMNet(JoMoLD(classes=7))), "jomold": F.diagram_han(JoMoLD(n_layers=2))}
+            "dgm on jomold": F.diagram_dgm(DGMNet(JoMoLD(classes=7))), "jomold": F.diagram_han(JoMoLD(n_layers=2)),
+            "coleaf": F.diagram_coleaf(), "coleaf on han": F.diagram_coleaf(toy_han(), toy_references(tokens=False))}
+
+
+def toy_references(**kw):
+    "References of the sizes of `toy_han`"
+    return [Reference(m, classes=3, audio_dim=8, frame_dim=8, motion_dim=8, dim=16, **kw) for m in ("audio", "visual")]
 
 
 @pytest.fixture(scope="module")
@@ -186,12 +203,18 @@ def test_diagrams_show_the_numbers_of_the_given_network():
     model = toy_han(dim=20)
     text = drawn_text(F.diagram_han(model))
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "(B,T,20)" in text and "(B,3)" in text and "2048" not in text
+    anchor, refs = CMPAE(classes=7, dim=20), [Reference(m, classes=7, dim=20) for m in ("audio", "visual")]
+    text = drawn_text(F.diagram_coleaf(anchor, refs))
+    for nets in ([anchor], refs, [refs[0].layer], [anchor.layers], [refs[1].project]):
+        assert f"{sum(p.numel() for n in nets for p in n.parameters()):,} parameters" in text
+    assert "(B,T+7,20)" in text and "(B,T,20) each" in text and "(7,20) class tokens" in text and "25" not in text
     net = DGMNet(toy_han())
     text = drawn_text(F.diagram_dgm(net))
     assert f"{sum(p.numel() for p in net.msdu.parameters()) // 2:,} parameters" in text
 
 
 def test_parameters_of_a_diagram_add_up():
+    assert sum(F.network_facts(CMPAE(dim=16)).loc[k, "parameters"] for k in ("features", "early", "layers", "head")) == sum(p.numel() for p in CMPAE(dim=16).parameters())
     for model in (toy_han(), DGMNet(toy_han()), DGMNet(JoMoLD())):
         own = F.network_facts(model)["parameters"]
         inside = "backbone." if isinstance(model, DGMNet) else ""
@@ -392,6 +415,52 @@ def test_arrays_of_several_videos_have_to_fit(truth):
     with pytest.raises(InputError, match="25 names for 3 classes"): F.plot_samples(a, v, [0])
     empty = F.plot_parsing((0 * a, 0 * v), (0 * a, 0 * v), [0], classes=NAMES, mark=MARK)
     assert "video 0: nothing." in empty.get_label()
+
+
+# ---------------------------------------------------------------- CoLeaF
+
+def test_the_exchange_shows_what_a_run_has():
+    fig = F.plot_exchange([coleaf_record(), coleaf_record(2)])
+    assert [a.get_title() for a in fig.axes] == list(F.EXCHANGE)
+    assert fig.axes[2].lines[1].get_ydata().tolist() == pytest.approx([.3] * 4), "the mean over seeds"
+    assert [a.get_title() for a in F.plot_exchange(coleaf_record(event_audio=1., event_visual=1.)).axes] == list(F.EXCHANGE)[:3]
+    with pytest.raises(InputError, match="expected a run of CoLeaF"): F.plot_exchange(record())
+
+
+def test_event_types_part_what_is_active():
+    rng = np.random.default_rng(0)
+    a, v = rng.random((2, 5, 8, 3)) < .4
+    kinds = F.event_types(a, v)
+    assert tuple(kinds) == F.TYPES and (sum(x.astype(int) for x in kinds.values()) == (a | v)).all()
+    assert (kinds["audible only"] | kinds["audible-visible"] == a).all() and (kinds["visible only"] == (v & ~a)).all()
+
+
+def test_the_video_of_figure_3_is_chosen_by_its_rule():
+    a, v = np.zeros((2, 40, 6, 3), int)
+    a[:30, :, 0] = 1; a[10:35, 2:, 1] = 1; v[10:35, 2:, 1] = 1; v[5, 1:, 0] = 1      # 10..29 have both; in 5 both are one class
+    found = F.mixed_videos(a, v)
+    assert found.tolist() == list(range(10, 30))
+    change = np.random.default_rng(1).permutation(40).astype(float)
+    frame = {"x": np.zeros(40), "y": np.full(40, -1.), "CoLeaF": change}
+    row = F.pick_mixed((a, v), frame, [f"v{i}" for i in range(40)]).iloc[0]
+    assert row["difference"] == np.sort(change[10:30])[round(.5 * 19)] and row["id"] == f"v{row['index']}" and row["mixed"] == 20
+    with pytest.raises(InputError, match="1 methods"): F.pick_mixed((a, v), {"CoLeaF": change})
+    with pytest.raises(InputError, match="no video with an event"): F.pick_mixed((a[30:], v[30:]), {k: x[30:] for k, x in frame.items()})
+
+
+def test_events_stand_in_the_group_of_their_type():
+    a, v = np.zeros((2, 1, 10, 3), int)
+    a[0, 2:8, 0] = 1; v[0, 5:10, 0] = 1
+    fig = F.plot_event_types((a, v), {"wrong": (a, a)}, 0, ["x"], NAMES, MARK)
+    assert fig.get_label() == ("Events by type. annotated: Dog audible only 2–5 s, Dog audible-visible 5–8 s, Dog visible only 8–10 s; "
+                               "wrong: Dog audible-visible 2–8 s.")
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["annotated", "wrong"] * 3
+    many = np.ones((1, 10, 12), int)
+    crowded = F.plot_event_types((many, many), {"wrong": (many, 0 * many)}, 0, classes=[f"class {i}" for i in range(12)], mark=MARK)
+    assert "4 other classes" in drawn_text(crowded) and overlaps(crowded) == outside(crowded) == []
+    empty = F.plot_event_types((0 * a, 0 * v), {"wrong": (0 * a, 0 * a)}, 0, classes=NAMES, mark=MARK)
+    assert "annotated: nothing; wrong: nothing." in empty.get_label()
+    with pytest.raises(InputError, match="arrays of shapes"): F.plot_event_types((a, v), {"x": (a, v[:, :2])}, 0, classes=NAMES)
 
 
 # ---------------------------------------------------------------- DGM and the training notebooks

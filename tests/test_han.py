@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import close
 
+from avvp_nb.core import read_json, shared
 from avvp_nb.data import Batch
-from avvp_nb.han import HAN, pooled_frames
+from avvp_nb.han import HAN, HybridAttention, pooled_frames
 from avvp_nb.losses import GuidedLoss
 from avvp_nb.official import from_official, to_official
 
@@ -113,3 +114,76 @@ def test_paper_protocol_trains():
         loss.backward()
         opt.step()
     assert loss.item() < .8 * first
+
+
+# --- maps multiplied out --------------------------------------------------------------------------------------------
+
+
+def layer(merge, dim=16, dropout=0.):
+    torch.manual_seed(0)
+    layer = HybridAttention(dim, dim, dropout, merge=merge).double()
+    for p in layer.parameters(): torch.nn.init.normal_(p, std=.2)           # biases too
+    return layer
+
+
+@pytest.mark.parametrize("cross", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_merged_maps_are_exact(cross, masked):
+    "Values, and gradients of every parameter and of both inputs"
+    mask = torch.arange(7) < torch.tensor([7, 3, 5])[:, None] if masked else None
+    def result(merge):
+        m, x = layer(merge), torch.randn(2, 3, 7, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = m(x[0], x[1], cross, mask)
+        (y * torch.sin(torch.arange(y.numel()).view_as(y))).sum().backward()
+        return y, x.grad, {k: p.grad for k, p in m.named_parameters() if p.grad is not None}
+    (y, gx, g), (y1, gx1, g1) = result(False), result(True)
+    torch.testing.assert_close(y1, y, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(gx1, gx, rtol=1e-9, atol=1e-10)
+    for k, v in g.items():
+        if k in g1: torch.testing.assert_close(g1[k], v, rtol=1e-9, atol=1e-10, msg=k)
+        else: assert not cross and not v.any(), k
+    assert set(g1) <= set(g)
+
+
+def test_merged_maps_leave_dropout_alone():
+    "The same seed drops the same attention weights and features"
+    def result(merge):
+        torch.manual_seed(3)
+        return layer(merge, dropout=.3).train()(*torch.randn(2, 3, 7, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(result(True), result(False), rtol=1e-11, atol=1e-12)
+
+
+def test_key_biases_get_no_gradient_at_all():
+    m = layer(True)
+    m(*torch.randn(2, 3, 7, 16, dtype=torch.double)).sin().sum().backward()
+    for half in m.qkv.bias.grad.chunk(2): assert not half[16:32].any() and half[:16].any()
+
+
+def test_when_maps_are_merged():
+    "From twice as many rows as the maps are wide; not in lower precision"
+    m = HybridAttention(16, 16)
+    assert m.merges(torch.zeros(8, 4, 16)) and not m.merges(torch.zeros(7, 4, 16))
+    with torch.autocast("cpu", torch.bfloat16): assert not m.merges(torch.zeros(8, 4, 16))
+    assert not HybridAttention(16, 16, merge=False).merges(torch.zeros(8, 4, 16))
+
+
+@pytest.mark.parametrize("variant", ["", "_chirp"])
+def test_reference_cases_with_merged_maps(golden, variant):
+    keys = {k["key"]: k["shape"] for k in read_json(shared("golden", "state_dict_keys.json"))["han"]["keys"]}
+    model = from_official(fill(keys, "chirp" if variant else "sine"), "han", strict=True)
+    model.layers[0].merge = True
+    x = [torch.tensor(golden("inputs_b3")[k]) for k in ("audio", "visual", "visual_st")]
+    with torch.no_grad(): out = model(*x)
+    case = golden("han_forward" + variant)
+    for key, value in {"global_prob": out.video, "a_prob": out.audio, "v_prob": out.visual, "frame_prob": out.segments}.items(): close(case, key, value)
+
+
+def test_a_large_batch_of_the_whole_network():
+    "In single precision, beyond the threshold"
+    torch.manual_seed(0)
+    model = HAN(dim=32, audio_dim=8, frame_dim=8, motion_dim=8).eval()
+    x = torch.randn(3, 16, 10, 8)
+    with torch.no_grad(): merged = model(*x).segments
+    assert model.layers[0].merges(torch.zeros(32, 10, 32))
+    model.layers[0].merge = False
+    with torch.no_grad(): torch.testing.assert_close(merged, model(*x).segments, rtol=1e-5, atol=1e-6)

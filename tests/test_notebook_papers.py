@@ -1,4 +1,4 @@
-"""`nbs/han.ipynb`, `nbs/ma.ipynb` and `nbs/claims.ipynb` as users run them: through papermill, at the tiny scale."""
+"""`nbs/han.ipynb`, `nbs/ma.ipynb`, `nbs/coleaf.ipynb` and `nbs/claims.ipynb` as users run them: through papermill, at the tiny scale."""
 import json
 
 import pytest
@@ -20,9 +20,9 @@ def execute(name, store, *args):
     return Notebook(out)
 
 
-@pytest.mark.parametrize("name, method, figures", [("han", "han", 3), ("ma", "ma", 3)])
-def test_paper_notebook(store, name, method, figures):
-    nb = execute(name, store)
+@pytest.mark.parametrize("name, method, figures, more", [("han", "han", 3, ()), ("ma", "ma", 3, ()), ("coleaf", "coleaf", 6, ("-y", 'tables: ["3"]'))])
+def test_paper_notebook(store, name, method, figures, more):
+    nb = execute(name, store, *more)
     outputs = [o for c in nb.cells for o in c.get("outputs", [])]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= figures
     assert "simulated" in json.dumps(outputs)
@@ -32,13 +32,29 @@ def test_paper_notebook(store, name, method, figures):
     assert tables and all(str(store) not in p.read_text() for p in store.rglob("tables/*.json"))
 
 
+def test_coleaf_notebook_left_everything_it_announces(store):
+    "Runs after the notebook itself: three settings, corrected scores, cost, claims, three figures, each with provenance"
+    tables = {p.stem: json.loads(p.read_text()) for p in store.glob("tables/*.json")}
+    if "coleaf_readings" not in tables: pytest.skip("the notebook was not selected")
+    wanted = {f"coleaf_{x}" for x in ("3_tiny_simulated", "6_own", "6_common", "6_selected", "only", "ranking", "cost", "rules", "6_nothing", "7_nothing", "protocols")}
+    assert wanted | {"claims_coleaf_tiny", "errata_coleaf"} <= set(tables)
+    assert all(tables[k]["simulated"] and tables[k]["runs"] for k in wanted - {"coleaf_cost", "coleaf_6_nothing", "coleaf_7_nothing"})
+    assert not tables["coleaf_6_nothing"]["runs"] and tables["coleaf_only"]["notebook"] == "nbs/coleaf.ipynb"
+    figures = {p.stem: json.loads(p.read_text()) for p in store.glob("figures/coleaf_*.json")}
+    assert {"coleaf_fig1_task", "coleaf_fig2_framework", "coleaf_fig3_events", "coleaf_losses", "coleaf_exchange", "coleaf_cost"} <= set(figures)
+    assert figures["coleaf_fig3_events"]["simulated"] and len(figures["coleaf_fig3_events"]["runs"]) >= 3
+    only = (store / "tables" / "coleaf_only.csv").read_text()
+    assert only.count("as published") >= 4 and "nothing" in only
+    for r in records(store).values(): assert "only" in r and "kept" in r["selected"], r["key"]
+
+
 def test_claims_page(store):
     nb = execute("claims", store)
     text = json.dumps([o for c in nb.cells for o in c.get("outputs", [])])
     assert "not testable here" in text and "simulated" in text
 
 
-@pytest.mark.parametrize("name", ["han", "ma", "claims"])
+@pytest.mark.parametrize("name", ["han", "ma", "coleaf", "claims"])
 def test_mistyped_parameter(tmp_path, name):
     done = papermill(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "x.ipynb", "-p", "scal", "tiny", "-p", "out", tmp_path / "runs")
     assert done.returncode != 0 and "scal: no such parameter" in done.stderr and not (tmp_path / "runs").exists()

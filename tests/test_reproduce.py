@@ -9,11 +9,12 @@ import pytest
 from avvp_nb import reproduce as P
 from avvp_nb.core import InputError, content_hash, write_json
 from avvp_nb.metrics import LEVELS, METRICS, RULES
-from avvp_nb.report import reported, reported_lines
+from avvp_nb.report import SELECTED, reported, reported_lines
 from avvp_nb.runs import METHODS, SCALES, DataSpec, RunSpec, Store, identify, run_key
 
 MARK = "simulated v1 seed=0 world=7"
-GAIN = {"han": 0.0, "ma": 2.0, "jomold": 3.0, "jomold_estimator": -5.0, "dgm": 4.0}
+GAIN = {"han": 0.0, "ma": 2.0, "jomold": 3.0, "jomold_estimator": -5.0, "dgm": 4.0, "cmpae": 3.0, "coleaf": 5.0, "valor": 4.5}
+ONLY = {"skip": -20.0, "pooled": -30.0}  # points by which the corrected scores of invented records are lower
 ALL = [(p, t) for p, ts in P.TABLES.items() for t in ts]
 each_table = pytest.mark.parametrize("paper, table", ALL)
 
@@ -33,8 +34,12 @@ def record_of(spec, gain=None, noise=0.1, rules=None, **changes):
 
     identity, plain = identify(spec.data, "none")[0], spec.plain()
     floors = {n: {lv: dict.fromkeys(METRICS, x) for lv in LEVELS} for n, x in (("nothing", 8.0), ("true segments", 100.0))}
+    searched = {"thresholds": [0.5], "modality": "visual", "rule": plain["rule"], "metrics": {lv: scores(1.0) for lv in LEVELS}}
+    only = {r: {k: {lv: scores(s + x) for lv in LEVELS} for k, x in ONLY.items()} for r, s in rules.items()}
+    only_floors = {n: {k: {lv: dict.fromkeys(METRICS, x) for lv in LEVELS} for k in ONLY} for n, x in (("nothing", 0.0), ("true segments", 100.0))}
     return {"format": 1, "key": run_key(spec, identity), "spec": plain, "seed": spec.seed, "rule": plain["rule"],
             "commit": "abc", "wall_time": 1.0, "selection": {"metric": "last", "epoch": 4}, "floors": floors,
+            "selected": {"kept": searched}, "only": only, "only_floors": only_floors,
             "data": {"simulated": True, "mark": MARK, "identity": identity, "source": {}, "n": {}},
             "history": [epoch(e) for e in range(1, 5)], "probabilities": {},
             "metrics": {r: {lv: scores(s) for lv in LEVELS} for r, s in rules.items()}} | changes
@@ -69,7 +74,7 @@ def trained(monkeypatch):
 @each_table
 def test_every_printed_row_is_mapped_or_listed_as_printed_only(paper, table):
     plan = P.plan(paper, table)
-    printed = reported(paper, table).reset_index()[["method", "variant"]].drop_duplicates()
+    printed = reported(paper, table, dataset=None).reset_index()[["method", "variant"]].drop_duplicates()
     assert [(r.method, r.variant) for r in plan.rows] == list(printed.itertuples(index=False, name=None))
     for r in plan.rows:
         assert (r.method in P.PRINTED_ONLY) == (not r.specs) == bool(r.reason)
@@ -79,7 +84,7 @@ def test_every_printed_row_is_mapped_or_listed_as_printed_only(paper, table):
 
 def test_all_llp_tables_of_f_scores_are_there_and_no_id_is_listed_in_vain():
     lines = reported_lines()
-    part = lines[lines["paper"].isin(P.TABLES) & (lines["dataset"] == "llp") & (lines["table"] != "text")]
+    part = lines[lines["paper"].isin(P.TABLES) & lines["dataset"].isin(["llp", "unav100"]) & (lines["table"] != "text")]
     assert set(ALL) == set(part[["paper", "table"]].itertuples(index=False, name=None))
     assert set(P.BASE) | set(P.PRINTED_ONLY) == {m.partition("@")[0] for m in part["method"]}
     assert not set(P.BASE) & set(P.PRINTED_ONLY)
@@ -87,7 +92,7 @@ def test_all_llp_tables_of_f_scores_are_there_and_no_id_is_listed_in_vain():
 
 @each_table
 def test_distinct_rows_of_a_table_are_distinct_experiments(paper, table):
-    experiments = [P.experiment(r.specs[0].plain()) for r in P.plan(paper, table).rows if r.specs]
+    experiments = [(P.experiment(r.specs[0].plain()), r.rule, r.read) for r in P.plan(paper, table).rows if r.specs]
     assert len(set(experiments)) == len(experiments)
 
 
@@ -96,7 +101,11 @@ def test_distinct_rows_of_a_table_are_distinct_experiments(paper, table):
     (("han", "1", "han", ""), ("han", "2", "han", "loss=wsl+g;pooling=attentive;temporal=han;noisy_label=label_smoothing")),
     (("ma", "1", "ma", ""), ("ma", "4", "ma", "contrastive=1;refine=both;tau=0.2")),
     (("ma", "2", "ma_wo_cl", "contrastive=0;refine=both"), ("dgm", "I", "ma_wo_cl", "")),
-    (("dgm", "I", "dgm+msdu", ""), ("dgm", "VI", "dgm+msdu", "gamma=0.1;measure=fusion;msdu=1"))])
+    (("dgm", "I", "dgm+msdu", ""), ("dgm", "VI", "dgm+msdu", "gamma=0.1;measure=fusion;msdu=1")),
+    (("coleaf", "2", "coleaf", "anchor_loss=evt;selfmo=1;tokens=1;cocls=1"), ("coleaf", "6", "coleaf", "")),
+    (("coleaf", "6", "coleaf", ""), ("coleaf", "6", "coleaf", "thresholds=selected")),
+    (("coleaf", "1", "cmpae", "event=audible_only;context=unimodal"), ("coleaf", "5", "cmpae", "")),
+    (("coleaf", "6", "jomold", ""), ("dgm", "I", "jomold", ""))])
 def test_the_same_experiment_in_two_tables_is_one_run(a, b):
     specs = [next(r.specs[0] for r in P.plan(*x[:2]).rows if (r.method, r.variant) == x[2:]) for x in (a, b)]
     assert run_key(specs[0], {}) == run_key(specs[1], {}) and len(P.distinct(specs)) == 1
@@ -107,7 +116,8 @@ def test_the_same_experiment_in_two_tables_is_one_run(a, b):
     ("mmil+gru", "loss=wsl+g;pooling=mean;temporal=gru;noisy_label=bootstrap", {"temporal": "gru", "pooling": "mean", "noisy": "bootstrap"}),
     ("ma_baseline", "", {"contrast": False, "refine": "none"}), ("ma", "tau=0.3", {"tau": 0.3, "contrast": True}),
     ("dgm", "gamma=0.1;measure=fusion;msdu=0", {"msdu": False, "gamma": 0.1}), ("jomold_wo_cl", "", {"contrast": False}),
-    ("dgm+msdu", "gamma=none;msdu=1", {"modulate": False, "msdu": True})])
+    ("dgm+msdu", "gamma=none;msdu=1", {"modulate": False, "msdu": True}),
+    ("coleaf", "anchor_loss=bce;selfmo=0;tokens=1;cocls=0", {"anchor_loss": "bce", "selfmo": False, "tokens": True, "cocls": False})])
 def test_variants_become_options(method, variant, options):
     full = P.system_of(method, variant).spec().full_options
     assert {k: full[k] for k in options} == options
@@ -119,11 +129,28 @@ def test_dgm_stands_on_jomold_unless_the_paper_says_otherwise():
     assert all(m in METHODS for m, _ in P.BASE.values())
 
 
+def test_coleaf_stands_on_cmpae_unless_the_paper_says_otherwise():
+    assert [P.system_of(m).spec().backbone for m in ("coleaf", "coleaf@han", "coleaf@jomold")] == ["cmpae", "han", "jomold"]
+
+
+def test_labels_and_data_sets_of_coleafs_tables():
+    weak, dense = P.plan("coleaf", 6, seeds=(1,)), P.plan("coleaf", 7, seeds=(1,))
+    assert {s.labels for s in weak.specs} == {None} and {s.labels for s in dense.specs} == {"clip+clap"}
+    own, other = DataSpec("a", "b"), DataSpec("c", "d", dataset="unav100")
+    assert [P.plan("coleaf", t, data=(own, other)).data for t in (6, 8)] == [own, other]
+    assert P.plan("coleaf", 8, data=own).data == DataSpec(dataset="unav100"), "features of LLP are no features of UnAV-100"
+    assert P.plan("coleaf", 6, data=other).data == DataSpec()
+    assert {s.data for s in P.all_specs("coleaf", seeds=(1,), data=(own, other))} == {own, other}
+    with pytest.raises(InputError, match="several of llp"): P.plan("coleaf", 6, data=(own, own))
+
+
 @pytest.mark.parametrize("call, said", [
-    (lambda: P.plan("hna", 1), "paper: 'hna' is not possible. expected one of 'han', 'ma', 'dgm'"),
+    (lambda: P.plan("hna", 1), "paper: 'hna' is not possible. expected one of 'han', 'ma', 'dgm', 'coleaf'"),
     (lambda: P.plan("dgm", "III"), "table of dgm: 'III' is not possible. expected one of 'I', 'IV'"),
     (lambda: P.plan("ma", 1, "huge"), "scale: 'huge'"), (lambda: P.plan("ma", 1, seeds=[]), "no seeds"),
     (lambda: P.plan("ma", 1, seeds=["one"]), "seed: "),
+    (lambda: P.system_of("cmpae", "thresholds=mine"), "variant 'thresholds=mine': 'mine' is not possible"),
+    (lambda: P.plan("coleaf", 9), "table of coleaf: '9'"), (lambda: P.against_nothing("coleaf", "12"), "table of coleaf: '12'"),
     (lambda: P.system_of("hann"), "did you mean 'han'"), (lambda: P.system_of("ma", "t=1"), "variant 't=1': 't' is not possible"),
     (lambda: P.all_tables(None, "VI"), "needs one paper"), (lambda: P.all_specs("x"), "paper: 'x'"),
     (lambda: P.reproduce("dgm", "II"), "table of dgm: 'II'")])
@@ -138,12 +165,13 @@ def test_seeds_follow_the_scale():
 
 def test_the_whole_set_holds_every_table_once_with_its_first_stages():
     specs = P.all_specs(seeds=(1,))
-    keys = {run_key(s, {}) for s in specs}
+    def key(s): return run_key(s, {"dataset": s.data.dataset})
+    keys = {key(s) for s in specs}
     assert len(keys) == len(specs)
-    for p, t in ALL: assert {run_key(s, {}) for s in P.plan(p, t, seeds=(1,)).specs} <= keys
-    at = {run_key(s, {}): i for i, s in enumerate(specs)}
+    for p, t in ALL: assert {key(s) for s in P.plan(p, t, seeds=(1,)).specs} <= keys
+    at = {key(s): i for i, s in enumerate(specs)}
     for s in specs:
-        for f in s.base.first(s): assert at[run_key(f, {})] < at[run_key(s, {})], "a stage comes before what needs it"
+        for f in s.base.first(s): assert at[key(f)] < at[key(s)], "a stage comes before what needs it"
     assert any(s.full_options.get("modulate") is False for s in specs), "DGM, Fig. 5"
     assert len(P.all_specs("han", seeds=(1, 2))) == 2 * 14
 
@@ -191,7 +219,7 @@ def test_durations(seconds, text): assert P.duration(seconds) == text
 
 # ---------------------------------------------------------------- tables
 
-@each_table
+@pytest.mark.parametrize("paper, table", [x for x in ALL if x not in P.RATES])
 def test_each_table_is_rendered_with_printed_numbers_differences_and_floors(paper, table):
     plan = P.plan(paper, table, "tiny", (1, 2))
     records = [record_of(s) for s in plan.specs]
@@ -203,11 +231,53 @@ def test_each_table_is_rendered_with_printed_numbers_differences_and_floors(pape
     assert order == [r.label for r in plan.rows]
     row = next(r for r in plan.rows if r.specs)
     own, printed, diff = (t.row(row.label, k) for k in ("ours", "printed", "difference"))
-    values = [r["metrics"][r["rule"]]["segment"]["A"] for r in records if P.experiment(r["spec"]) == P.experiment(row.specs[0].plain())]
-    assert own.mean["segment", "A"] == pytest.approx(np.mean(values)) and own.sd["segment", "A"] == pytest.approx(np.std(values, ddof=1))
-    assert printed.mean["segment", "A"] == plan.printed(row).loc[(paper, table, row.method, row.variant, "segment"), "A"]
-    assert diff.mean["segment", "A"] == pytest.approx(own.mean["segment", "A"] - printed.mean["segment", "A"])
+    k = next(k for k in t.columns if k in printed.mean)     # not every table has the same columns
+    values = [r["metrics"][r["rule"]][k[0]][k[1]] for r in records if P.experiment(r["spec"]) == P.experiment(row.specs[0].plain())]
+    assert own.mean[k] == pytest.approx(np.mean(values)) and own.sd[k] == pytest.approx(np.std(values, ddof=1))
+    assert printed.mean[k] == plan.printed(row).loc[(paper, table, row.method, row.variant, k[0]), k[1]]
+    assert diff.mean[k] == pytest.approx(own.mean[k] - printed.mean[k])
     assert len(own.info["runs"]) == 2 and all("simulated" in r.source for r in t.rows if r.kind != "printed")
+
+
+@pytest.mark.parametrize("table, metrics", [("2", 3), ("3", 3), ("4", 3), ("5", 3), ("6", 9), ("7", 9), ("8", 1)])
+def test_coleafs_tables_have_the_columns_of_the_paper(table, metrics):
+    plan = P.plan("coleaf", table, "tiny", (1,))
+    t = P.render(plan, [record_of(s) for s in plan.specs])
+    printed = reported("coleaf", table, dataset=None)
+    assert [m for lv, m in t.columns if lv == "segment"] == list(printed.columns) and len(t.columns) == 2 * metrics
+    assert ("UnAV-100" in t.notes[0]) == (table == "8")
+
+
+def test_selected_thresholds_are_read_from_the_same_runs():
+    plan = P.plan("coleaf", 6, "tiny", (1, 2))
+    records = [record_of(s, noise=0) for s in plan.specs]
+    t = P.render(plan, records)
+    own, searched = (t.row(n) for n in ("CoLeaF", "CoLeaF (thresholds=selected)"))
+    assert own.info["runs"] == searched.info["runs"] and searched.info["rule"] == "coleaf, selected thresholds"
+    assert searched.mean["event", "Vo"] - own.mean["event", "Vo"] == pytest.approx(1)
+    for r in records: r["selected"].pop("kept")
+    t = P.render(plan, records)
+    assert [r.kind for r in t.rows if r.name == "CoLeaF (thresholds=selected)"] == ["printed"] and "Not run yet" in " ".join(t.notes)
+    with pytest.raises(InputError, match="has no selected thresholds"): P.scores(records[0], SELECTED)
+
+
+def test_table_6_in_three_settings():
+    plan = P.plan("coleaf", 6, "tiny", (1, 2))
+    t = P.settings(plan, [record_of(s, noise=0, rules=RULE) for s in plan.specs], common="ma")
+    assert list(t) == ["own", "common", "selected"] and {r.info["rule"] for r in t["common"].rows if r.kind == "ours"} == {"ma"}
+    by = {k: x.row("CMPAE").mean["segment", "Ao"] for k, x in t.items()}
+    assert by["common"] - by["own"] == pytest.approx(RULE["ma"] - RULE["cmpae"])
+    assert by["selected"] == t["own"].row("CMPAE (thresholds=selected)").mean["segment", "Ao"]
+    assert [r.name for r in t["selected"].rows if r.kind == "printed"] == ["CMPAE", "CoLeaF"]
+    assert not [r for r in t["common"].rows if r.kind in ("printed", "difference")] and [r for r in t["common"].rows if r.kind == "floor"]
+    assert len({x.caption for x in t.values()}) == 3
+    with pytest.raises(InputError, match="common: 'mb'"): P.settings(plan, [], common="mb")
+
+
+def test_data_sets_are_not_mixed():
+    llp, unav = (record_of(P.system_of("han").spec(1, "tiny", DataSpec(dataset=d))) for d in ("llp", "unav100"))
+    assert llp["key"] != unav["key"]
+    with pytest.raises(InputError, match="different data sets: llp, unav100"): P.by_experiment([llp, unav])
 
 
 def test_a_half_finished_table_says_what_is_missing():
@@ -231,7 +301,7 @@ def test_records_of_another_scale_or_other_data_are_not_taken(store):
 def test_reproduce_trains_renders_and_saves_without_machine_paths(store, trained):
     tables = P.reproduce("dgm", "VI", "tiny", (1, 2), store, progress="off")
     assert list(tables) == ["dgm VI"] and len(trained) == 9 * 2 + 2      # the noise estimator once a seed
-    stem = P.table_stem(P.plan("dgm", "VI", "tiny"), store, DataSpec())
+    stem = P.table_stem(P.plan("dgm", "VI", "tiny"), store)
     saved = {s: stem.with_name(stem.name + s).read_text() for s in (".md", ".html", ".tex", ".csv", ".json")}
     prov = json.loads(saved[".json"])
     assert len(prov["runs"]) == 18 and prov["simulated"] and prov["parameters"]["data"] == "simulated"
@@ -270,6 +340,21 @@ def test_a_table_of_real_runs(store, monkeypatch):
     assert t.row("HAN").info["seeds"] == 1 and t.mark.startswith("simulated")
 
 
+def test_coleafs_tables_of_real_runs(store, monkeypatch):
+    "Rates from the probabilities of a real run, and an ablation, in a fraction of their size"
+    from micro import install
+    install(monkeypatch.setitem)
+    rates = P.reproduce("coleaf", 1, "micro", store=store, device="cpu", progress="off")["coleaf 1"]
+    assert rates.columns[0] == ("A", "U") and rates.mark.startswith("simulated") and len(rates.provenance["runs"]) == 1
+    assert rates.provenance["parameters"]["table"] == "1" and (store.root / "tables" / "coleaf_1_micro_simulated.csv").exists()
+    t = P.reproduce("coleaf", 3, "micro", store=store, device="cpu", progress="off")["coleaf 3"]
+    assert [r.name for r in t.rows if r.kind == "ours"] == ["CoLeaF (selfmo=0)", "CoLeaF (selfmo=1)"]
+    records = P.load_records(store, "micro")
+    own = P.only_table(P.headline(records))
+    nothing = {r.source.split("; ")[1]: r.mean["segment", "Vo"] for r in own.rows if r.kind == "floor"}
+    assert nothing["as published"] > 30 and nothing[P.TREATED["skip"]] == nothing[P.TREATED["pooled"]] == 0
+
+
 # ---------------------------------------------------------------- rules and selection
 
 RULE = {"han": 0.0, "ma": 1.0, "jomold": 2.0, "cmpae": 0.5, "coleaf": -1.0}
@@ -290,6 +375,56 @@ def test_methods_times_rules():
 def test_headline_names_the_main_systems():
     records = seeds_of("han") + seeds_of("dgm+msdu@han") + seeds_of("ma_cl_only")
     assert {k: len(v) for k, v in P.headline(records).items()} == {"HAN": 3, "DGM+MSDU on HAN": 3}
+
+
+# ---------------------------------------------------------------- videos without an event
+
+def ladder(): return {n: seeds_of(m, (1, 2)) for n, m in (("HAN", "han"), ("CMPAE", "cmpae"), ("CoLeaF", "coleaf"))}
+
+
+def test_only_scores_are_shown_in_three_ways_with_the_empty_prediction():
+    t = P.only_table(ladder())
+    assert [r.name for r in t.rows] == ["HAN"] * 3 + ["CMPAE"] * 3 + ["CoLeaF"] * 3 + ["nothing"] * 3
+    published, skip, pooled = (r.mean["segment", "Vo"] for r in t.rows[:3])
+    assert skip - published == pytest.approx(ONLY["skip"]) and pooled - published == pytest.approx(ONLY["pooled"])
+    assert [r.mean["event", "Ao"] for r in t.rows[-3:]] == [8, 0, 0] and all("simulated" in r.source for r in t.rows)
+    assert len([n for n in t.notes if n.startswith("Runs:")]) == 1 and t.notes[-1].count("HAN:") == 1
+    old = [{k: v for k, v in r.items() if k != "only"} for r in seeds_of("han")]
+    with pytest.raises(InputError, match="has no corrected scores under han"): P.only_table({"HAN": old})
+
+
+def test_the_empty_prediction_of_a_real_record_scores_nothing_where_it_should():
+    "What the corrected floors stand for: no hit at all"
+    from avvp_nb.metrics import only_scores
+    a, v = np.zeros((2, 4, 6, 3), int)
+    a[0, :3, 0] = 1; v[1, 2:, 1] = 1
+    published, skip, pooled = (only_scores(0 * a, 0 * a, a, v, empty=e).loc["segment"] for e in ("one", "skip", "pooled"))
+    assert published["Ao"] == published["Vo"] == 75 and skip["Ao"] == skip["Vo"] == pooled["Ao"] == pooled["Vo"] == 0
+
+
+def test_the_change_of_ranking_is_computed():
+    groups = ladder()
+    for r in groups["CoLeaF"]: r["only"][r["rule"]]["skip"]["segment"]["Vo"] = 0.0
+    row = next(r for r in P.ranking(groups).rows if r.name == "Vo segment")
+    assert row.mean["order, best first", "as published"] == "CoLeaF > CMPAE > HAN > nothing"
+    assert row.mean["order, best first", P.TREATED["skip"]] == "CMPAE > HAN > CoLeaF = nothing"
+    assert row.mean[P.TREATED["skip"], "Kendall τ"] == pytest.approx(-1 / 3) and row.mean[P.TREATED["pooled"], "Kendall τ"] == 1
+    assert row.mean[P.TREATED["skip"], "change places"] == "HAN and CoLeaF; CMPAE and CoLeaF"
+    assert row.mean[P.TREATED["pooled"], "change places"] == "none"
+
+
+@pytest.mark.parametrize("a, b, tau", [("abc", "abc", 1), ("abc", "cba", -1), ("abc", "bac", 1 / 3)])
+def test_kendalls_tau(a, b, tau):
+    before, after = ({n: -s.index(n) for n in "abc"} for s in (a, b))
+    assert P.kendall(before, after) == pytest.approx(tau) and len(P.swapped_pairs(before, after)) == round(3 * (1 - tau) / 2)
+
+
+def test_printed_scores_are_held_against_the_empty_prediction():
+    t = P.against_nothing()
+    assert [r.name for r in t.rows][0] == "HAN" and len(t.rows) == 7, "rows that print no Ao are left out"
+    assert all(r.mean["segment", "Vo"] < 0 for r in t.rows) and "(7 of 7)" in " ".join(t.notes)
+    assert t.row("CoLeaF", "difference").mean["segment", "Vo"] == pytest.approx(62.4 - 65.5833, abs=1e-3)
+    assert t.row("CoLeaF", "difference").mean["event", "Ao"] > 0
 
 
 def test_the_part_of_a_gain_that_is_the_rule():
@@ -347,12 +482,15 @@ def parse(*argv):
     return p.parse_args([str(a) for a in argv])
 
 
-def test_the_command(store, trained, capsys):
+def test_the_command(store, trained, capsys, monkeypatch):
     P.cmd_reproduce(parse("ma", "--table", 4, "--scale", "tiny", "--seeds", 1, 2, "--out", store.root, "--progress", "off"))
     out = capsys.readouterr().out
     assert "**MA, Table 4, at scale tiny" in out and "1 table saved below" in out and len(trained) == 16
+    P.cmd_reproduce(parse("coleaf", "--table", 5, "--scale", "tiny", "--seeds", 1, "--out", store.root))
+    assert "| CoLeaF on HAN |" in capsys.readouterr().out
+    monkeypatch.setattr(P, "rates_table", lambda records, *a, **kw: P.compare({"CMPAE": records}))     # needs probabilities
     P.cmd_reproduce(parse("all", "--scale", "tiny", "--seeds", 1, "--out", store.root))
-    assert "11 tables saved below" in capsys.readouterr().out
+    assert "19 tables saved below" in capsys.readouterr().out
     n = len(trained)
     P.cmd_reproduce(parse("dgm", "--scale", "tiny", "--seeds", 1, "--out", store.root, "--no-train"))
     assert len(trained) == n
@@ -360,6 +498,7 @@ def test_the_command(store, trained, capsys):
 
 
 def test_the_arguments_say_where_the_data_are():
-    data = P.data_of(parse("ma", "--annotations", "a", "--features", "f", "--audio-table", "2020"))
-    assert (data.annotations, data.features, data.audio_table) == ("a", "f", "2020")
-    assert isinstance(P.System("han").spec(data=data), RunSpec)
+    llp, unav = P.data_of(parse("ma", "--annotations", "a", "--features", "f", "--audio-table", "2020", "--pseudo-labels", "p", "--unav-annotations", "u"))
+    assert (llp.annotations, llp.features, llp.audio_table, llp.pseudo_labels) == ("a", "f", "2020", "p")
+    assert (unav.dataset, unav.annotations, unav.features) == ("unav100", "u", None)
+    assert isinstance(P.System("han").spec(data=llp), RunSpec)
