@@ -55,7 +55,7 @@ def take(x, idx: np.ndarray):
     if isinstance(x, torch.Tensor): return x.index_select(0, torch.from_numpy(idx).to(x.device))
     return np.take(x, idx, axis=0) if x.flags.c_contiguous else x[idx]
 
-# %% ../nbs/03_data.ipynb #e2a0ba9c
+# %% ../nbs/03_data.ipynb #868ab252
 @dataclass(repr=False)
 class Clips:
     "A split in memory (or memory-mapped): features, weak labels and, where they exist, dense labels"
@@ -92,7 +92,6 @@ class Clips:
     def pooled(self) -> bool:
         "Are the frames already one row per second"
         return self.frames.shape[1] == self.audio.shape[1]
-
     @property
     def nbytes(self) -> int:
         "Bytes of features and labels"

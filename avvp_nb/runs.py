@@ -11,11 +11,11 @@ __all__ = ['SCALES', 'DATASETS', 'FRAMES', 'HAN_OPTIONS', 'LOSSES', 'NOISY', 'MA
            'jomold_estimator', 'build_cmpae', 'build_valor', 'check_valor', 'build_around', 'on_backbone',
            'dgm_callback', 'build_dgm', 'check_dgm', 'build_ogm', 'check_settings', 'RunSpec', 'run_key',
            'whole_record', 'Store', 'pack_probabilities', 'score', 'floor_scores', 'corrected_only', 'has_truth',
-           'with_selected', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'load_weights', 'product_of',
-           'refinement_of', 'network_sizes', 'resident', 'learner_of', 'train', 'make_record', 'run', 'finish',
-           'run_many', 'describe']
+           'with_selected', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'class_names',
+           'check_class_list', 'load_weights', 'product_of', 'refinement_of', 'network_sizes', 'resident', 'learner_of',
+           'train', 'make_record', 'run', 'finish', 'run_many', 'describe']
 
-# %% ../nbs/20_runs.ipynb #9b04fa1f
+# %% ../nbs/20_runs.ipynb #c403d70e
 import json
 import os
 import platform
@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Optional
 
@@ -42,7 +43,7 @@ from .coleaf import OPTIONS as COLEAF_OPTIONS
 from .coleaf import PROTOCOLS as COLEAF_PROTOCOLS
 from .coleaf import RECIPE as COLEAF_RECIPE
 from .coleaf import RECIPE_BY_PROTOCOL, build_coleaf, check_options
-from .core import (InputError, Parsing, atomic_write, check_choice, check_type, content_hash, did_you_mean,
+from .core import (CLASSES, InputError, Parsing, atomic_write, check_choice, check_type, content_hash, did_you_mean,
                           file_hash, read_json, write_json)
 from .data import load_annotations, load_clips
 from .dgm import DGM, DGMNet, MSDULoss
@@ -584,7 +585,7 @@ def versions() -> dict:
     "Versions of what a number depends on"
     return {"avvp_nb": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
-# %% ../nbs/20_runs.ipynb #775dd45e
+# %% ../nbs/20_runs.ipynb #00108328
 def save_weights(model, path, header: dict):
     "Write the model's tensors and a JSON header as safetensors, atomically"
     try: from safetensors.torch import save
@@ -598,14 +599,27 @@ def _read_weights(path) -> tuple:
     except ImportError: return load_file(path)
     with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
 
-def load_weights(path):
-    "(model in eval mode, header) of a weights file; raises `InputError` for any other file"
+def class_names(clips) -> list:
+    "Names of the classes of clips"
+    C = clips.weak.shape[1]
+    return list(clips.classes) if clips.classes is not None else list(CLASSES) if len(CLASSES) == C else [f"class {c}" for c in range(C)]
+
+def check_class_list(own, classes, where):
+    "Raise unless the classes of a file are those of the data, in the same order"
+    for i, (a, b) in enumerate(zip_longest(own, classes)):
+        if a != b: raise InputError(f"was trained on other classes: its class {i} is {a!r}", where=where, expected=f"{b!r}, as in the data",
+                                    fix="use weights of these classes, or put the classes of the data into the order of the file")
+
+def load_weights(path,
+                 classes=None):   # names of the classes of the data that it is meant for; None: not compared
+    "(model in eval mode, header) of a weights file; raises `InputError` for any other file, or one for other classes"
     try:
         tensors, metadata = _read_weights(path)
         header = json.loads(metadata["avvp_nb"])
         spec, sizes = header["spec"], header["sizes"]
     except Exception as e:               # the library's own errors have no common base but this
         raise InputError(f"is not a weights file of this library ({type(e).__name__})", where=path) from e
+    if classes is not None: check_class_list(header.get("classes") or list(classes)[:sizes["classes"]], classes, path)
     model = METHODS[check_choice(spec["method"], METHODS, "method")].build(spec, sizes)[0]
     model.load_state_dict(tensors)
     return model.eval(), header
@@ -669,7 +683,7 @@ def make_record(key: str, spec: RunSpec, data: Data, learner, keep, first=()) ->
             "data": {"simulated": bool(origin.source.get("simulated")), "mark": origin.mark, "identity": data.identity,
                      "source": source, "n": {k: len(v) for k, v in data.items()}}}
 
-# %% ../nbs/20_runs.ipynb #5ed50feb
+# %% ../nbs/20_runs.ipynb #5daa2180
 def run(spec: RunSpec,           # what to run
         store="runs",            # a `Store`, or its folder
         device: str = "auto",    # 'auto', 'cpu' or 'cuda'
@@ -701,7 +715,8 @@ def finish(store: Store, record: dict, test, model, val=None) -> dict:
         searched["kept"] = {"rule": record["rule"], "modality": "visual", "thresholds": found.thresholds.tolist()}
     record["selected"] = {state: with_selected(found, full, without, test) for state, found in searched.items()}
     with atomic_write(store.probability_path(key), "wb") as f: np.savez(f, **packed)
-    save_weights(model, store.weight_path(key), {"spec": record["spec"], "sizes": network_sizes(test), "mark": record["data"]["mark"], "key": key})
+    save_weights(model, store.weight_path(key), {"spec": record["spec"], "sizes": network_sizes(test), "mark": record["data"]["mark"], "key": key,
+                                                      "classes": class_names(test)})
     record |= {"metrics": score(packed, test), "floors": floor_scores(test),
                "probabilities": {"file": store.probability_path(key).relative_to(store.root).as_posix(), "sha256": file_hash(store.probability_path(key))}}
     write_json(record, store.record_path(key))

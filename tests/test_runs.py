@@ -494,6 +494,16 @@ def test_damaged_weights_are_refused(copied, content):
     with pytest.raises(InputError, match=f"{path.name}: is not a weights file of this library"): load_weights(path)
 
 
+def test_weights_for_other_classes_are_refused(done):
+    "By the first class that differs; a file of an older version can only be too short or too long"
+    store, record, spec = done
+    path, names = store.weight_path(record["key"]), runs.class_names(load_data(spec.data, spec.scale)["test"])
+    assert load_weights(path, names)[1]["classes"] == names
+    for classes, message in [(names[1:] + names[:1], f"its class 0 is {names[0]!r}"), (names + ["Rain"], "its class"), (names[:-1], "its class")]:
+        with pytest.raises(InputError, match=message) as e: load_weights(path, classes)
+        assert str(path) in str(e.value) and "use weights of these classes" in str(e.value)
+
+
 def test_weights_with_an_incomplete_header_are_refused(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors", metadata={"avvp_nb": "{}"})
     with pytest.raises(InputError, match=r"w\.safetensors: "): load_weights(tmp_path / "w.safetensors")
