@@ -111,7 +111,7 @@ def read_grid(path) -> list:
     "The specs of a grid file"
     return expand(read_grid_file(path), str(path))
 
-# %% ../nbs/27_cluster.ipynb #3fa9fe5a
+# %% ../nbs/27_cluster.ipynb #63d43f47
 @dataclass(frozen=True)
 class Task:
     "What one worker does in one go"
@@ -125,9 +125,7 @@ def stage_of(spec) -> int:
 def grouped(specs,
             size: int = 1) -> list:   # most runs of a task; 1: every run alone
     "Lists of specs that can train as one stack, those that can't alone"
-    if size == 1: return [[s] for s in specs]
-    stacks, alone = plan_stacks(specs)
-    return [s[i:i + size] for s in stacks for i in range(0, len(s), size)] + [[s] for s, _ in alone]
+    return [[s] for s in specs] if size == 1 else plan_stacks(specs).pieces(size)
 
 def plan_tasks(specs,                # runs that are still to be made
                stack: int = 1        # most runs of a task
