@@ -10,8 +10,8 @@ __all__ = ['SCALES', 'DATASETS', 'FRAMES', 'HAN_OPTIONS', 'LOSSES', 'NOISY', 'MA
            'check_ma', 'ma_base', 'Ratios', 'build_estimator', 'denoising', 'build_jomold', 'check_jomold',
            'jomold_estimator', 'build_cmpae', 'build_valor', 'check_valor', 'build_around', 'on_backbone',
            'dgm_callback', 'build_dgm', 'check_dgm', 'build_ogm', 'check_settings', 'RunSpec', 'run_key',
-           'whole_record', 'Store', 'pack_probabilities', 'score', 'floor_scores', 'corrected_only', 'has_truth',
-           'with_selected', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'class_names',
+           'whole_record', 'Store', 'pack_probabilities', 'passes_of', 'score', 'floor_scores', 'corrected_only',
+           'has_truth', 'with_selected', 'commit', 'processor', 'hardware', 'versions', 'save_weights', 'class_names',
            'check_class_list', 'load_weights', 'product_of', 'refinement_of', 'network_sizes', 'resident', 'learner_of',
            'train', 'make_record', 'run', 'finish', 'run_many', 'describe']
 
@@ -522,7 +522,7 @@ class Store:
         (self.root/"locks").mkdir(parents=True, exist_ok=True)
         return FileLock(self.root/"locks"/f"{key}.lock")
 
-# %% ../nbs/20_runs.ipynb #4b9603d4
+# %% ../nbs/20_runs.ipynb #84a28c3f
 _ARRAYS = ("video", "audio", "visual", "segments")
 
 def pack_probabilities(parsing, without) -> dict:
@@ -530,9 +530,13 @@ def pack_probabilities(parsing, without) -> dict:
     return {**{k: v.astype(np.float16) for k, v in parsing.arrays().items()},
             **{f"without_{k}": v.astype(np.float16) for k, v in without.arrays().items()}}
 
+def passes_of(packed: dict) -> tuple:
+    "The parsings with and without cross-attention, as they will be read back"
+    return tuple(Parsing(**{k: packed[stem + k].astype(np.float32) for k in _ARRAYS}) for stem in ("", "without_"))
+
 def score(packed: dict, clips) -> dict:
     "Metrics of stored probabilities under every rule: {rule: {level: {metric: percent}}}"
-    full, without = (Parsing(**{k: packed[stem + k].astype(np.float32) for k in _ARRAYS}) for stem in ("", "without_"))
+    full, without = passes_of(packed)
     def table(rule): return evaluate(*rule.decide(full, without), clips.dense_audio, clips.dense_visual, mask=clips.mask).T.to_dict()
     return {name: table(rule) for name, rule in RULES.items()}
 
@@ -643,7 +647,7 @@ def refinement_of(record: dict, store: "Store") -> Refinement:
     if record["spec"]["method"] != "ma" or not record["first"]: raise InputError("has no refinement", where=record["key"], expected="a run of MA that refines")
     return Refinement.load(store.product_path(f"ma-{content_hash([record['first'], MA.product_key(record['spec'])])}"))
 
-# %% ../nbs/20_runs.ipynb #5f10fbd6
+# %% ../nbs/20_runs.ipynb #ac60f97d
 def network_sizes(clips) -> dict:
     "Class count and feature widths of a network for these clips"
     return {"classes": clips.weak.shape[1], "audio_dim": clips.audio.shape[2], "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2]}
@@ -665,7 +669,7 @@ def learner_of(spec: RunSpec, data: Data, checkpoint, signature: str, product=No
     if RULES[rule].fuse is not None and has_truth(data["val"]): callbacks = [*callbacks, ThresholdsCB(data["val"], rule)]
     callbacks = [*callbacks, ScoreCB(), keep, ProgressCB(progress), CheckpointCB(checkpoint, signature)]
     learner = kind(model, clips, loss, **r, seed=spec.seed, device=device, precision=spec.precision, callbacks=callbacks)
-    if learner.device.type != "cpu" and kind is Learner: learner.train = resident(clips, learner.device)   # a stack shares one copy
+    if learner.device.type != "cpu" and not hasattr(kind, "stack"): learner.train = resident(clips, learner.device)   # lanes of a stack share one copy
     return learner, keep
 
 def train(*args, **kwargs) -> tuple:
@@ -683,7 +687,7 @@ def make_record(key: str, spec: RunSpec, data: Data, learner, keep, first=()) ->
             "data": {"simulated": bool(origin.source.get("simulated")), "mark": origin.mark, "identity": data.identity,
                      "source": source, "n": {k: len(v) for k, v in data.items()}}}
 
-# %% ../nbs/20_runs.ipynb #5daa2180
+# %% ../nbs/20_runs.ipynb #333f8640
 def run(spec: RunSpec,           # what to run
         store="runs",            # a `Store`, or its folder
         device: str = "auto",    # 'auto', 'cpu' or 'cuda'
@@ -707,7 +711,7 @@ def finish(store: Store, record: dict, test, model, val=None) -> dict:
     "Score a trained model, write probabilities, weights and, last, the record"
     key = record["key"]
     packed = pack_probabilities(*predict_both(model, test))
-    full, without = (Parsing(**{k: packed[stem + k].astype(np.float32) for k in _ARRAYS}) for stem in ("", "without_"))
+    full, without = passes_of(packed)
     record |= corrected_only(full, without, test)
     searched = {h["thresholds"]["state"]: h["thresholds"] for h in record["history"] if "thresholds" in h}
     if has_truth(val):
