@@ -9,6 +9,7 @@ __all__ = ['SEPARABLE', 'NEEDED', 'share', 'check_separable', 'check_lengths', '
            'epochs_per_hour', 'speedup', 'streamed', 'same_shard']
 
 # %% ../nbs/28_parallel.ipynb #9fb9aa25
+import gc
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before any group: its functions keep the group of that moment as their default, which then never ends
 from torch.nn.parallel import DistributedDataParallel
 
 from .core import InputError, check_choice
@@ -133,7 +135,9 @@ def process_group(device="auto", hours: float = 12.):  # how long a process wait
     except Exception as e:
         print(f"process {dist.get_rank()} of {dist.get_world_size()} ends: {blame(e)}", file=sys.stderr, flush=True)
         raise
-    finally: dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
+        gc.collect()   # a learner refers to itself and to the group; with the last reference the threads of the group end
 
 def blame(e: Exception) -> str:
     "An exception in one line; one that only says that another process has gone is told as such"

@@ -199,6 +199,7 @@ def test_two_processes_make_the_records_of_one(tmp_path, alone):
         assert theirs["hardware"]["processes"] == 2 and theirs["hardware"]["backend"] == "gloo"
         same_run(r, theirs, store, Store(tmp_path))
     assert text.count("epoch 1/3") == 3 and not any(tmp_path.glob("checkpoints/*"))              # one process talks, nothing is left behind
+    assert text.count("threads of the group left: 0") == 2                                        # one that outlives the group may abort the process at its end
     text, status = said(start(tmp_path))                                                          # a second call only reads
     assert status == 0 and "epoch" not in text
 
@@ -264,6 +265,7 @@ def run_specs(store, specs=SPECS, fails=None, **kw):
     print(f"pid {os.getpid()}", flush=True)
     if fails: spoil(fails)
     run_parallel([RunSpec(**{"scale": "micro", **s, **kw}) for s in specs], store, "cpu", "lines")
+    print(f"threads of the group left: {sum('gloo' in f.read_text() for f in Path('/proc/self/task').glob('*/comm'))}", flush=True)
 
 
 if __name__ == "__main__":
