@@ -10,13 +10,12 @@ __all__ = ['TEMPERATURE', 'LIMIT', 'SLOPE', 'RECIPE', 'LOSS', 'RULE', 'SELECT_EP
 
 # %% ../nbs/13_cmpae.ipynb #949046be
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .core import CLASSES, MODALITIES, InputError, Parsing, check_choice, read_json, write_json
+from .core import CLASSES, MODALITIES, InputError, Parsing, check_choice, check_same_classes, read_json, write_json
 from .han import HybridAttention, Projections, han_keys, key_pair, pooled_frames
 from .jomold import JoMoLDLoss
 from .learner import Callback, predict, predict_both
@@ -264,8 +263,7 @@ def check_thresholds(thresholds,               # one for each class
         raise InputError(f"{len(thresholds)} thresholds for {len(own)} classes", where=where, expected="one for each class")
     fix = ("put them in order, `[thresholds[own.index(c)] for c in classes]`" if set(own) == set(classes)
            else "select them on the validation videos of this data set")
-    for i, (a, b) in enumerate(zip_longest(own, classes)):
-        if a != b: raise InputError(f"selected for other classes: class {i} is {a!r}", where=where, expected=f"{b!r}", fix=fix)
+    check_same_classes(own, classes, where, "selected for other classes: class", fix)
     return [float(t) for t in thresholds]
 
 # %% ../nbs/13_cmpae.ipynb #6cfb4190

@@ -190,14 +190,18 @@ class DGM(Callback):
 
     def before_epoch(self, learner):
         self.generator.manual_seed(epoch_seed(learner.seed, learner.epoch, 2))
-        self.seen = []
+        self.seen = torch.zeros(math.ceil(len(learner.train)/learner.batch_size), 3, device=learner.device)   # omega and both mu of each batch
+        self.row = torch.zeros(1, dtype=torch.long, device=learner.device)
+
+    def steady(self, learner) -> bool: return True
 
     def after_loss(self, learner):
         scores = learner.parsing.extra.get("measured", (learner.parsing.audio, learner.parsing.visual))
         omega = imbalance(*(s.detach().float() for s in scores), learner.batch.weak, self.measure)
         self.mu = coefficients(omega, self.gamma)
         if isinstance(learner.model, DGMNet): learner.model.mu.copy_(torch.stack(self.mu))
-        self.seen.append(torch.stack([omega, *self.mu]))
+        self.seen.index_copy_(0, self.row, torch.stack([omega, *self.mu])[None])
+        self.row.add_(1).remainder_(len(self.seen))
 
     def after_backward(self, learner):
         for params, mu in zip(self.params, self.mu):
@@ -215,7 +219,7 @@ class DGM(Callback):
             for p, o in zip(params, old): p.copy_(o + mu*(p - o))
 
     def after_epoch(self, learner):
-        omega, mu_a, mu_v = torch.stack(self.seen).T
+        omega, mu_a, mu_v = self.seen.T
         values = {"omega": omega.mean(), "mu_audio": mu_a.mean(), "mu_visual": mu_v.mean(),
                   "damped_audio": (mu_a < 1).float().mean(), "damped_visual": (mu_v < 1).float().mean()}
         learner.log["dgm"] = {k: v.item() for k, v in values.items()}

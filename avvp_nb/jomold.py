@@ -215,6 +215,16 @@ class DenoiseCB(Callback):
 
     def before_epoch(self, learner):
         self.counts = torch.zeros(3, learner.train.weak.shape[1], device=learner.device)   # labels, struck out in sound, in vision
+        self.fixed = [torch.as_tensor(r, device=learner.device) for r in self.ratios] if self.steady(learner) else None
+
+    def steady(self, learner) -> bool:
+        "Is the warm-up over"
+        return self.warmup is None or learner.epoch >= self.warm_epochs
+
+    def used(self, learner) -> list:
+        "The ratios of this batch, 2 x (C,)"
+        if self.steady(learner): return self.ratios
+        return [used_ratio(r, learner.epoch, learner.i, learner.n_batches, self.warmup, self.warm_epochs) for r in self.ratios]
 
     def losses(self, learner):
         "Element-wise losses of the current batch without cross-attention, 2 x (B,C)"
@@ -226,10 +236,10 @@ class DenoiseCB(Callback):
 
     def before_batch(self, learner):
         self.counts[0] += learner.batch.weak.sum(0)
-        ratios = [used_ratio(r, learner.epoch, learner.i, learner.n_batches, self.warmup, self.warm_epochs) for r in self.ratios]
+        ratios = self.used(learner)
         if not any(r.any() for r in ratios): return
         labels = dict(learner.batch.labels)
-        for m, removed in enumerate(denoise_labels(*self.losses(learner), learner.batch.weak, *ratios)):
+        for m, removed in enumerate(denoise_labels(*self.losses(learner), learner.batch.weak, *(self.fixed or ratios))):
             name = ("removed_audio", "removed_visual")[m]
             labels[name] = torch.maximum(removed.float(), labels[name]) if name in labels else removed.float()
             self.counts[1 + m] += removed.sum(0)

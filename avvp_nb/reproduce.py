@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .core import PALETTE, InputError, check_choice, content_hash
-from .learner import pick_device
+from .learner import ENGINES, pick_device, using
 from .metrics import LEVELS, METRICS, ONLY, RULES, STANDARD, llp_floors
 from .report import (NAMES, SELECTED, Row, Table, check_comparable, checked, compare, doubts, drawing, finish, group, has_selected, mark_of,
                             mean_sd, method_name, our_row, printed_rows, provenance, reported, runs_note, scale_of, scores,
@@ -370,6 +370,7 @@ def reproduce(paper=None,              # one of `TABLES`, a list of them, or Non
               progress: str = "auto",
               data=DataSpec(),         # one description, or several of different data sets
               train: bool = True,      # False: only render what is recorded
+              engine=None,             # how steps are carried out, see `learner.ENGINES`; None: 'eager'
               ) -> dict:               # "dgm VI" to its `Table`
     "Regenerate tables: train what is missing, render, and save below the store's `tables/`; repeat it to continue"
     store = as_store(store)
@@ -377,7 +378,8 @@ def reproduce(paper=None,              # one of `TABLES`, a list of them, or Non
     kinds = list(dict.fromkeys(p.data for p in plans))
     for d in kinds: identify(d, store.root/"cache")
     store.prepare()
-    if train: sweep([s for p in plans for s in p.specs], store, device, progress)
+    if train:
+        with using(engine, device): sweep([s for p in plans for s in p.specs], store, device, progress)
     records = {d: load_records(store, scale, d) for d in kinds}
     tables = {f"{p.paper} {p.table}": draw(p, records[p.data], store, data=data_kind(p.data)) for p in plans}
     for p in plans: tables[f"{p.paper} {p.table}"].save(table_stem(p, store))
@@ -621,6 +623,7 @@ def add_arguments(p):
     p.add_argument("--seeds", nargs="+", type=int, help="default: 1 at tiny, 3 at small and calibration, 5 at full")
     p.add_argument("--out", default="runs", help="folder of run records; tables go below it")
     p.add_argument("--device", default="auto"); p.add_argument("--progress", default="lines", help="auto, bar, lines or off")
+    p.add_argument("--engine", choices=ENGINES, help="how steps are carried out; graphs needs a GPU")
     p.add_argument("--no-train", action="store_true", help="render what is recorded, train nothing")
     add_data_arguments(p)
 
@@ -641,6 +644,6 @@ def data_of(a) -> tuple:  # of `DataSpec`, one for each data set
 def cmd_reproduce(a):
     "Regenerate a paper's tables beside the printed numbers: trains what is missing, continues what was interrupted"
     paper = None if a.paper == "all" else a.paper
-    tables = reproduce(paper, a.table, a.scale, a.seeds, a.out, a.device, a.progress, data_of(a), train=not a.no_train)
+    tables = reproduce(paper, a.table, a.scale, a.seeds, a.out, a.device, a.progress, data_of(a), train=not a.no_train, engine=a.engine)
     for t in tables.values(): print(t.to_markdown())
     print(f"{len(tables)} table{'s'*(len(tables) > 1)} saved below {Path(a.out)/'tables'}")

@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import lru_cache, partial
 from importlib import resources
-from itertools import zip_longest
 from pathlib import Path
 from typing import Optional
 
@@ -43,7 +42,7 @@ from .coleaf import OPTIONS as COLEAF_OPTIONS
 from .coleaf import PROTOCOLS as COLEAF_PROTOCOLS
 from .coleaf import RECIPE as COLEAF_RECIPE
 from .coleaf import RECIPE_BY_PROTOCOL, build_coleaf, check_options
-from .core import (CLASSES, InputError, Parsing, atomic_write, check_choice, check_type, content_hash, did_you_mean,
+from .core import (CLASSES, InputError, Parsing, atomic_write, check_choice, check_same_classes, check_type, content_hash, did_you_mean,
                           file_hash, read_json, write_json)
 from .data import load_annotations, load_clips
 from .dgm import DGM, DGMNet, MSDULoss
@@ -53,7 +52,8 @@ from .han import HAN, RECIPE, TEMPORAL
 from .han import PROTOCOLS as HAN_PROTOCOLS
 from .jomold import RECIPE as JOMOLD_RECIPE
 from .jomold import RELEASED_RATIOS, WARMUPS, DenoiseCB, JoMoLD, JoMoLDLoss, NoiseEstimator, estimate_ratios
-from .learner import PRECISIONS, SELECTIONS, CheckpointCB, Learner, ProgressCB, ScoreCB, ValidateCB, pick_device, predict_both
+from .learner import (PRECISIONS, SELECTIONS, CheckpointCB, Learner, ProgressCB, ScoreCB, ValidateCB, pick_device,
+                             predict_both, using)
 from .losses import GuidedLoss
 from .ma import PROTOCOLS as MA_PROTOCOLS
 from .ma import RECIPE as MA_RECIPE
@@ -580,10 +580,11 @@ def processor() -> str:
     try: return next(l.split(":", 1)[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): return platform.processor() or platform.machine()
 
-def hardware(device: torch.device) -> dict:
-    "What the run ran on"
+def hardware(device: torch.device, engine: str = "eager") -> dict:
+    "What the run ran on, and with which engine unless that is the usual one"
     d = {"device": device.type, "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return {**d, "gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else d
+    if device.type == "cuda": d["gpu"] = torch.cuda.get_device_name(device)
+    return d if engine == "eager" else {**d, "engine": engine}
 
 def versions() -> dict:
     "Versions of what a number depends on"
@@ -610,9 +611,8 @@ def class_names(clips) -> list:
 
 def check_class_list(own, classes, where):
     "Raise unless the classes of a file are those of the data, in the same order"
-    for i, (a, b) in enumerate(zip_longest(own, classes)):
-        if a != b: raise InputError(f"was trained on other classes: its class {i} is {a!r}", where=where, expected=f"{b!r}, as in the data",
-                                    fix="use weights of these classes, or put the classes of the data into the order of the file")
+    check_same_classes(own, classes, where, "was trained on other classes: its class", note=", as in the data",
+                       fix="use weights of these classes, or put the classes of the data into the order of the file")
 
 def load_weights(path,
                  classes=None):   # names of the classes of the data that it is meant for; None: not compared
@@ -681,7 +681,7 @@ def make_record(key: str, spec: RunSpec, data: Data, learner, keep, first=()) ->
     "Everything about a finished run but its scores"
     source, origin = {k: v for k, v in data["test"].source.items() if k not in ("mark", "simulated")}, learner.train if spec.labels else data["test"]
     return {"format": FORMAT, "key": key, "spec": spec.plain(), "seed": spec.seed, "first": list(first), "commit": commit(),
-            "versions": versions(), "hardware": hardware(learner.device), "wall_time": round(sum(h["seconds"] for h in learner.history), 1),
+            "versions": versions(), "hardware": hardware(learner.device, learner.engine), "wall_time": round(sum(h["seconds"] for h in learner.history), 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rule": spec.plain()["rule"],
             "selection": {"metric": keep.select, "epoch": keep.best_epoch}, "history": learner.history,
             "data": {"simulated": bool(origin.source.get("simulated")), "mark": origin.mark, "identity": data.identity,
@@ -692,8 +692,11 @@ def run(spec: RunSpec,           # what to run
         store="runs",            # a `Store`, or its folder
         device: str = "auto",    # 'auto', 'cpu' or 'cuda'
         progress: str = "auto",  # see `learner.ProgressCB`
+        engine: Optional[str] = None,   # how steps are carried out, see `learner.ENGINES`; None: 'eager'
         ) -> dict:               # the record
     "Train, evaluate and record a run, or return its record if it is there (idempotent; safe for several processes)"
+    if engine:
+        with using(engine, device): return run(spec, store, device, progress)
     store = store if isinstance(store, Store) else Store(store)
     pick_device(device)
     identity = identify(spec.data, store.root/"cache")[0]
@@ -731,8 +734,11 @@ def finish(store: Store, record: dict, test, model, val=None) -> dict:
 # %% ../nbs/20_runs.ipynb #e8430235
 def run_many(specs, store="runs", device: str = "auto", progress: str = "auto",
              stack: Optional[int] = None,   # most runs that are trained as one; None: on a GPU what its memory allows, on a CPU 1
+             engine: Optional[str] = None,  # as for `run`; with 'compile' every run is trained alone
              ) -> list:
     "Records of several runs in order; says what is done, what is being trained, and about how long it will take"
+    if engine:
+        with using(engine, device): return run_many(specs, store, device, progress, 1 if engine == "compile" else stack)
     if stack != 1 and (stack or pick_device(device).type != "cpu"):
         from avvp_nb.stack import run_stacked        # here, because it builds on this module
         return run_stacked(specs, store, device, progress, stack)

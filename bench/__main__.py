@@ -20,7 +20,7 @@ from avvp_nb.core import atomic_write, write_json
 from avvp_nb.gpu import slug
 from avvp_nb.runs import commit
 
-BENCHMARKS = ("training", "scoring")
+BENCHMARKS = ("training", "engines", "scoring")
 MEMORY = "/proc/meminfo"
 
 

@@ -112,13 +112,15 @@ def pair(dropout, seed=0):
     return model.train(), reference.train()
 
 
-def in_turns(jobs, rounds):
+def in_turns(jobs, rounds, device="cpu"):
     "Best wall time of each of several functions (name: function), called in turns"
     best = dict.fromkeys(jobs, float("inf"))
     for _ in range(rounds):
         for name, f in jobs.items():
+            gpu.wait(device)
             start = time.perf_counter()
             f()
+            gpu.wait(device)
             best[name] = min(best[name], time.perf_counter() - start)
     return best
 
@@ -163,9 +165,8 @@ def stacks(n, rounds, size=16, batches_=4, **kwargs):
     clips = gpu.random_clips(size * batches_)
     def learner(kind, seed=0): return gpu.bench_learner(clips, batch_size=size, seed=seed, learner=kind, **kwargs)
     one, stack = learner(Learner), StackedLearner([learner(Lane, r) for r in range(n)])
-    for x in (one, *stack.lanes): x.log = {"epoch": 1}
-    stack("before_fit")
-    stack.begin()
+    gpu.start(one)
+    gpu.start_stack(stack)
     t = in_turns({"one": lambda: [one.one_epoch() for _ in range(n)], "stack": stack.one_epoch}, rounds)
     return {"one after another videos/s": n * len(clips) / t["one"], "stacked videos/s": n * len(clips) / t["stack"], "ratio": t["one"] / t["stack"]}
 

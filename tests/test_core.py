@@ -57,6 +57,15 @@ def test_a_choice_is_returned_or_refused_with_the_list():
         core.check_choice("c", ("a", "b"), "letter")
 
 
+@pytest.mark.parametrize("own, other, said", [
+    (["a", "b"], ["a", "c"], "class 1 is 'b'. expected 'c'"), (["b", "a"], ["a", "b"], "class 0 is 'b'. expected 'a'"),
+    (["a"], ["a", "b"], "class 1 is None. expected 'b'"), (["a", "b"], ("a",), "class 1 is 'b'. expected None"), ([], ["a"], "class 0 is None")])
+def test_the_first_class_that_differs_is_told(own, other, said):
+    core.check_same_classes(own, tuple(own), "file", "other class", "nothing")
+    with pytest.raises(InputError) as e: core.check_same_classes(own, other, "a.json", "made for other classes: class", "use b.json", note=", as there")
+    assert str(e.value).startswith(f"a.json: made for other classes: {said}") and str(e.value).endswith(", as there. use b.json")
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 def names(folder): return sorted(p.name for p in folder.iterdir())

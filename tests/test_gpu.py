@@ -20,8 +20,9 @@ from safetensors.torch import save as library_save
 from torch.utils.flop_counter import FlopCounterMode
 from tree import ROOT, load
 
-from avvp_nb import gpu, runs, tensors
+from avvp_nb import gpu, learner, runs, tensors
 from avvp_nb.core import InputError, file_hash, read_json, shared, write_json
+from avvp_nb.graphs import Tape
 from avvp_nb.reproduce import reproduce
 
 CLIPS = gpu.random_clips(8, 4, 5, (8, 12, 6))
@@ -125,6 +126,52 @@ def test_reference_cases_decide(golden, monkeypatch):
     assert len(rows) >= 8 and all(r["ok"] for r in rows)
     monkeypatch.setattr(gpu, "filled", lambda keys, rule, f=gpu.filled: {k: v * 1.01 for k, v in f(keys, rule).items()})
     assert not gpu.golden_case(shared("golden"), "han", "han_forward_chirp", "cpu")["ok"]
+
+
+@pytest.mark.parametrize("method", gpu.RECORDED)
+def test_recorded_steps_are_compared(method, monkeypatch):
+    "On a tape, which takes the place of a CUDA graph: equal to the last bit, and something was replayed"
+    monkeypatch.setattr(learner, "tape_for", lambda device: Tape)
+    rows = gpu.engine_rows(method, "cpu", gpu.random_clips(24, 4, 25, (8, 12, 6)), dim=16)
+    assert [(r["ok"], r["difference"], r["where"]) for r in rows] == [(True, 0., "4 replays an epoch")] * 2, rows
+
+
+def test_recorded_steps_that_go_wrong_are_found(monkeypatch):
+    class Forgetful(Tape):
+        def again(self): pass
+    monkeypatch.setattr(learner, "tape_for", lambda device: Forgetful)
+    rows = gpu.engine_rows("han", "cpu", gpu.random_clips(24, 4, 5, (8, 12, 6)), dim=16)
+    assert [r["ok"] for r in rows] == [False] * 2
+
+    class Broken(Tape):
+        def first(self, f): raise RuntimeError("cannot")
+    monkeypatch.setattr(learner, "tape_for", lambda device: Broken)
+    rows = gpu.engine_rows("han", "cpu", gpu.random_clips(24, 4, 5, (8, 12, 6)), dim=16)
+    assert [(r["ok"], r["difference"], r["where"]) for r in rows] == [(False, 0., "RuntimeError: cannot")] * 2
+
+
+def test_graphs_are_used_where_the_report_speaks_for_them(tmp_path):
+    def write(ok=True, speed=20.):
+        pd.DataFrame([{"what": "recorded steps", "ok": True}, {"what": "recorded steps", "ok": ok}, {"what": "loss", "ok": False}]).to_csv(tmp_path / "parity.csv")
+        write_json({"results": {"a": {"videos/s": 10.}, "a, graphs": {"videos/s": 11.}, "b": {"videos/s": 10.}, "b, graphs": {"videos/s": speed}}}, tmp_path / "benchmark.json")
+    assert gpu.pick_engine(tmp_path, "cuda") == "eager"              # nothing is known
+    write()
+    assert gpu.pick_engine(tmp_path, "cuda") == "graphs" and gpu.pick_engine(tmp_path, "cpu") == "eager"
+    assert gpu.pick_engine(tmp_path, "cuda", {"x": "RuntimeError: CUDA error: an illegal memory access"}) == "eager"
+    for kw in (dict(ok=False), dict(ok=None), dict(speed=9.)):
+        write(**kw)
+        assert gpu.pick_engine(tmp_path, "cuda") == "eager", kw
+    (tmp_path / "benchmark.json").unlink()
+    assert gpu.pick_engine(tmp_path, "cuda") == "eager"
+
+
+def test_the_engine_of_a_report_is_checked_and_handed_on(tmp_path, small, monkeypatch):
+    with pytest.raises(InputError, match="engine: 'graphs' needs a GPU"): gpu.gpu_report(tmp_path, "micro", device="cpu", jobs=[], engine="graphs")
+    with pytest.raises(InputError, match="engine: 'fast' is not possible"): gpu.gpu_report(tmp_path, "micro", device="cpu", jobs=[], engine="fast")
+    seen = []
+    monkeypatch.setattr(gpu, "train_specs", lambda specs, store, device, engine: seen.append(engine))
+    for job in gpu.table_jobs([runs.RunSpec("han", scale="micro")], tmp_path, "cpu", {}, engine=lambda: "compile"): job.do()
+    assert seen == ["compile"]
 
 
 @pytest.mark.cuda

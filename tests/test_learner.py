@@ -433,7 +433,7 @@ def test_devices():
     assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
     for name in ("gpu0", "cuda:99"):
         with pytest.raises(InputError, match=f"device: '{name}' cannot be used .*expected 'auto', 'cpu' or 'cuda'"): pick_device(name)
-    with pytest.raises(InputError, match="precision: 'fp8' is not possible. expected one of 'fp32', 'bf16'"): learner(precision="fp8")
+    with pytest.raises(InputError, match="precision: 'fp8' is not possible. expected one of 'fp32', 'tf32', 'bf16'"): learner(precision="fp8")
 
 
 def test_bfloat16_is_close_and_keeps_float32_weights():

@@ -2,6 +2,7 @@
 import csv
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,9 @@ from avvp_nb.metrics import (
     STANDARD,
     Rule,
     average10,
+    count,
     evaluate,
+    evaluate_lanes,
     evaluate_videos,
     flat,
     floors,
@@ -192,6 +195,93 @@ def test_equals_the_loops(x):
     ours = evaluate_videos(*x)
     for level in LEVELS:
         same(ours[level], pd.DataFrame([v[level] for v in score(*x)])[list(METRICS)])
+
+
+# --- many runs at once
+
+
+def lanes_and_truth(R, n, t, c, density, seed=0):
+    "Predictions (2,R,N,T,C), truth (2,N,T,C) and a mask (N,T)"
+    rng = np.random.default_rng(seed)
+    return rng.random((2, R, n, t, c)) < density, rng.random((2, n, t, c)) < density, np.arange(t) < rng.integers(1, t + 1, (n, 1))
+
+
+def check_lanes(preds, truth, **kw):
+    "Equal to `evaluate` lane by lane, to the last bit, however the arrays come"
+    single = [evaluate(*p, *truth, **kw) for p in preds.swapaxes(0, 1)]
+    tensors = torch.from_numpy(preds)
+    for p, t in ((preds, truth), (tensors, truth), (tensors.byte(), torch.from_numpy(truth)), (tensors.mT.contiguous().mT, truth)):
+        tables = evaluate_lanes(*p, *t, **kw)
+        assert [x.to_numpy().tobytes() for x in tables] == [x.to_numpy().tobytes() for x in single]
+        assert all(x.equals(y) for x, y in zip(tables, single, strict=True))
+
+
+@pytest.mark.parametrize("R", [1, 5])
+@pytest.mark.parametrize("n, t, c, density", [(1, 1, 1, .5), (30, 9, 7, .1), (30, 9, 7, .9), (12, 17, 3, .5), (9001, 2, 1, .5), (649, 10, 25, .02),
+                                              (20, 10, 25, 0), (20, 10, 25, 1), (3, 300, 2, .5)])
+def test_lanes_are_scored_like_single_runs(R, n, t, c, density):
+    preds, truth, mask = lanes_and_truth(R, n, t, c, density)
+    for kw in ({}, {"mask": mask}, {"iou": .7}, {"event_average": "micro"}, {"mask": mask.astype(np.uint8), "iou": 1, "event_average": "micro"}):
+        check_lanes(preds, truth, **kw)
+
+
+def test_lanes_may_be_empty_full_or_anything():
+    preds, truth, mask = lanes_and_truth(5, 20, 7, 3, .4)
+    preds[:, 1], preds[:, 2], preds[0, 3], preds[1, 4] = 0, 1, 0, 1
+    for t in (truth, 0*truth, truth | True): check_lanes(preds, t, mask=mask)
+    off = evaluate_lanes(*torch.zeros(2, 2, 3, 4, 5, dtype=torch.bool), *np.zeros((2, 3, 4, 5)))
+    assert all((table == 100).all(axis=None) for table in off)
+
+
+@settings(deadline=None)
+@given(videos(), st.data())
+def test_lanes_of_any_videos(x, data):
+    other = [data.draw(hnp.arrays(np.uint8, x[0].shape, elements=st.integers(0, 1))) for _ in range(2)]
+    check_lanes(np.stack([x[:2], other], 1).astype(bool), np.stack(x[2:]).astype(bool))
+
+
+def test_tensors_are_counted_like_arrays_and_reproducibly():
+    preds, truth, _ = lanes_and_truth(1, 40, 11, 5, .4)
+    arrays = [x.astype(np.uint8) for x in (*preds[:, 0], *truth)]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ours = count(*map(torch.from_numpy, arrays))
+    finally: torch.use_deterministic_algorithms(False)
+    for a, b in zip(ours, count(*arrays), strict=True):
+        assert type(a) is type(b) and np.asarray(a).dtype == np.asarray(b).dtype and np.array_equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_lanes_are_scored_and_decided_on_a_gpu():
+    preds, truth, mask = lanes_and_truth(5, 649, 10, 25, .05)
+    single = [evaluate(*p, *truth, mask=mask) for p in preds.swapaxes(0, 1)]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for t in (truth, torch.from_numpy(truth).cuda()):
+            assert all(x.equals(y) for x, y in zip(evaluate_lanes(*torch.from_numpy(preds).cuda(), *t, mask=mask), single, strict=True))
+    finally: torch.use_deterministic_algorithms(False)
+    passes = lane_passes()
+    for rule in RULES.values():
+        for x, y in zip(rule.decide_lanes(*(p.map(torch.Tensor.cuda) for p in passes)), rule.decide_lanes(*passes)): assert torch.equal(x.cpu(), y)
+
+
+GRID = np.zeros((2, 3, 4, 5), np.uint8)       # (R,N,T,C)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(pred_audio=GRID[0]), r"pred_audio: has shape \(3, 4, 5\). expected \(R, N, T, C\)"), (dict(pred_audio=GRID[:, :0]), "pred_audio: has shape"),
+    (dict(pred_visual=GRID[:1]), r"pred_visual: has shape \(1, 3, 4, 5\). expected \(2, 3, 4, 5\)"), (dict(pred_visual=GRID*1.), "pred_visual: holds values of type float64"),
+    (dict(pred_audio=torch.zeros(2, 3, 4, 5)), "pred_audio: holds values of type torch.float32"), (dict(true_visual=None), "true_visual: is None"),
+    (dict(true_audio=GRID[0, :2]), r"true_audio: has shape \(2, 4, 5\)"), (dict(true_visual=GRID[0] + .5), "true_visual: video 0 holds 0.5"),
+    (dict(mask=np.ones((3, 5))), "mask: has shape"), (dict(iou=.3), "iou: 0.3"), (dict(event_average="mean"), "event_average: 'mean'"),
+    (dict(pred_visual=np.where(np.arange(3)[:, None, None] == 2, np.arange(2).reshape(2, 1, 1, 1)*7, GRID).astype(np.uint8)),
+     "pred_visual: video 2 of run 1 holds 7. expected only 0 and 1")])
+def test_bad_lanes_are_refused(change, message):
+    good = dict(pred_audio=GRID, pred_visual=GRID, true_audio=GRID[0], true_visual=GRID[0])
+    with pytest.raises(InputError, match=message): evaluate_lanes(**{**good, **change})
 
 
 @pytest.mark.parametrize("n, t, c", [(60, 10, 25), (3, 60, 100), (5, 1, 1), (4, 64, 2), (3, 130, 3)])
@@ -413,6 +503,47 @@ def test_torch_and_numpy_decide_alike():
     for rule in RULES.values():
         for x, y in zip(rule.decide(p), rule.decide(p.map(torch.tensor))):
             assert x.dtype == np.uint8 and x.shape == (5, 9, 7) and (x == y).all()
+
+
+def lane_passes(R=3, shape=(6, 9, 7), seed=0):
+    "Two passes of R networks, with many probabilities that are exactly a threshold"
+    (n, t, c), rng = shape, np.random.default_rng(seed)
+    def x(*s): return torch.from_numpy((rng.integers(0, 101, s)/np.float32(100)).astype(np.float32))
+    return [Parsing(*(x(R, n, c) for _ in range(3)), x(R, n, t, 2, c)) for _ in range(2)]
+
+
+@pytest.mark.parametrize("rule", [*RULES.values(), RULES["cmpae"].with_(visual_gate=(.1, .3, .45, .5, .52, .7, .9)), RULES["ma"].with_(fuse=.5, segment=0)])
+def test_lanes_are_decided_like_single_runs(rule):
+    passes = lane_passes()
+    for those in (passes, passes[:1]):
+        *on, possible = rule.decide_lanes(*those)
+        assert possible.tolist() == [True]*3 and all(x.dtype == torch.bool for x in on)
+        for r in range(3):
+            for x, y in zip(on, rule.decide(*(p[r] for p in those))): assert np.array_equal(x[r].numpy(), y)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -.1, 1.1, 2.1, -5e-5, 1.00005])
+@pytest.mark.parametrize("name", ["video", "audio", "visual", "segments"])
+@pytest.mark.parametrize("second", [False, True])
+def test_impossible_probabilities_are_those_of_their_lane(value, name, second):
+    passes = lane_passes()
+    getattr(passes[second], name)[1, 2] = value
+    def refuses(rule, r):
+        try: rule.decide(*(p[r] for p in passes))
+        except InputError: return True
+        return False
+    for rule in (RULES["ma"], RULES["cmpae"]):
+        *on, possible = rule.decide_lanes(*passes)
+        assert possible.tolist() == [not refuses(rule, r) for r in range(3)]
+        for r in (0, 2):
+            for x, y in zip(on, rule.decide(*(p[r] for p in passes))): assert np.array_equal(x[r].numpy(), y)
+
+
+def test_lanes_with_wrong_thresholds_or_passes_are_refused():
+    first, _ = lane_passes()
+    with pytest.raises(InputError, match="visual_gate: holds 25 thresholds. expected one, or 7"): RULES["ma"].with_(visual_gate=CMPAE_SELECTED).decide_lanes(first)
+    with pytest.raises(InputError, match=r"without: segments has shape \(3, 2, 9, 2, 7\). expected \(3, 6, 9, 2, 7\)"):
+        RULES["cmpae"].decide_lanes(first, lane_passes(shape=(2, 9, 7))[1])
 
 
 def test_rules_are_values():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avvp_nb.annotations import video_id
-from avvp_nb.core import InputError, Parsing
+from avvp_nb.core import CLASSES, InputError, Parsing
 from avvp_nb.data import Batch, Clips, load_annotations
 from avvp_nb.dgm import DGMNet, MSDULoss
 from avvp_nb.jomold import JoMoLDLoss
@@ -29,6 +29,7 @@ from avvp_nb.pseudo import (
     labels_hash,
     lasting,
     load_pseudo_labels,
+    pseudo_doctor,
     pseudo_quality,
     read_pseudo,
     simulate_pseudo_labels,
@@ -124,6 +125,42 @@ def test_a_bad_file_is_refused_by_name(layout, clips, how):
     broken(path, how)
     with pytest.raises(InputError, match=BROKEN[how]) as e: load_pseudo_labels(layout, clips.ids[:20])
     assert str(path) in str(e.value) and "1 of 40 files cannot be used" in str(e.value) and e.value.fix
+
+
+KINDS = {"truncated": "unreadable", "cut header": "unreadable", "empty": "unreadable", "text": "unreadable", "objects": "objects", "shape": "shape",
+         "turned": "shape", "strings": "dtype", "nan": "values", "two": "values", "negative": "values", "half": "values"}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_the_doctor_names_every_bad_file(layout, clips, how):
+    paths = [layout / FOLDERS[m] / f"simtr{k:06d}.npy" for m, k in (("audio", 3), ("audio", 4), ("visual", 4))]
+    for p in paths: broken(p, how)
+    report = pseudo_doctor(layout, clips.ids[:20])
+    assert report.problems.file.tolist() == [str(p) for p in paths] and set(report.problems.problem) == {KINDS[how]}
+    assert not report.ok and report.usable == [video_id(i) for i in clips.ids[:20] if i[:11] not in ("simtr000003", "simtr000004")]
+    with pytest.raises(InputError) as e: load_pseudo_labels(layout, clips.ids[:20])
+    r = report.problems.iloc[0]
+    assert str(e.value).replace(" (3 of 40 files cannot be used)", "") == str(InputError(r.found, r.file, r.expected, r.fix))     # as the loader says it
+
+
+def test_the_doctor_counts_classes_and_missing_and_extra_files(layout, clips):
+    want = load_pseudo_labels(layout, clips.ids[:20])
+    report = pseudo_doctor(layout, clips.ids[:20])
+    assert report.ok and not len(report.problems) and list(report.counts.index) == list(CLASSES) and report.counts.to_numpy().sum()
+    for m in FOLDERS:
+        np.testing.assert_array_equal(report.counts[f"{m} seconds"], want[m].sum((0, 1)))
+        np.testing.assert_array_equal(report.counts[f"{m} videos"], want[m].any(1).sum(0))
+    assert pseudo_doctor(layout.parent).ids == report.ids                                     # a wrapping folder, and its own list
+    (layout / FOLDERS["visual"] / "simtr000004.npy").unlink()
+    (layout / FOLDERS["visual"] / "README.txt").write_text("x")
+    part = pseudo_doctor(layout)
+    assert part.problems[["modality", "id", "problem"]].values.tolist() == [["visual", "simtr000004", "missing"], ["visual", "README", "extra"]]
+    assert len(part.usable) == 19 and "19 of 20 videos usable" in repr(part)
+    fewer = pseudo_doctor(layout, clips.ids[5:9])
+    assert fewer.ok and fewer.problems.problem.value_counts().to_dict() == {"extra": 15 + 16 + 1}
+    for f in FOLDERS.values():
+        for p in (layout / f).glob("*.npy"): p.unlink()
+    with pytest.raises(InputError, match="no label files"): pseudo_doctor(layout)
 
 
 def test_bad_files_are_counted(layout, clips):

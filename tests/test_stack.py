@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from avvp_nb import learner as learning
 from avvp_nb import runs, stack
 from avvp_nb.cmpae import CMPAE, CMPAELoss, StepCB
 from avvp_nb.core import InputError
@@ -409,6 +410,175 @@ def test_no_lanes_are_refused():
 def test_networks_without_a_batched_form_are_refused(model, reason):
     assert reason in why_not(net(0, **model))
     with pytest.raises(InputError, match=reason): StackedLearner([Lane(net(r, **model), TRAIN, GuidedLoss(), **FIT) for r in range(2)])
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+SHORT = replace(VALID, lengths=np.arange(30) // 12 + 3)       # 3, 4 and 5 seconds: batches of validation differ in width
+RULED = [("han", "segment/Type@AV"), ("ma", "avg10"), ("cmpae", "event/V"), ("han", "last")]
+
+
+def ruled(r, kind, valid=VALID, cls=None, *extra):
+    "Lanes with their own rules and selections; HAN can do without cross-attention, so all rules suit it"
+    rule, select = RULED[r]
+    return kind(net(r + 20, cls), TRAIN, GuidedLoss(), seed=r, callbacks=[ScoreCB(), ValidateCB(valid, rule, select), *extra])
+
+
+def ruled_cmpae(r, kind):
+    return kind(net(r + 20, CMPAE), TRAIN, CMPAELoss(), seed=r, callbacks=[StepCB(), ValidateCB(VALID, ("cmpae", "ma")[r % 2], "avg10/only")])
+
+
+VALIDATED = {"rules": ruled, "short videos": lambda r, k: ruled(r, k, SHORT), "jomold": lambda r, k: ruled(r, k, VALID, JoMoLD), "cmpae": ruled_cmpae}
+
+
+def kept(lane): return next(cb for cb in lane.callbacks if isinstance(cb, ValidateCB))
+
+
+def same_choice(alone, lanes):
+    "The same scores after each epoch, to the last bit, and the same epoch kept"
+    for a, b in zip(alone, lanes, strict=True):
+        assert [h["val"] for h in a.history] == [h["val"] for h in b.history] and all(h["val"] for h in b.history)
+        assert (kept(a).best, kept(a).best_epoch) == (kept(b).best, kept(b).best_epoch)
+        assert (kept(a).state is None) == (kept(b).state is None)
+        assert all(v._base is None for v in (kept(b).state or {}).values())          # copies, which later steps don't touch
+
+
+def refuse(*args, **kw): raise AssertionError("not to be used here")
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+@pytest.mark.parametrize("seconds", [40960, 1])       # all videos in one pass, or 16 at a time
+def test_lanes_are_validated_together(name, seconds, monkeypatch):
+    make = VALIDATED[name]
+    alone = [make(r, lambda *a, **k: Learner(*a, **{**FIT, **k})).fit() for r in range(4)]
+    monkeypatch.setattr(stack, "SECONDS", seconds)
+    for f in ("predict", "predict_both"): monkeypatch.setattr(learning, f, refuse)
+    lanes = [make(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in range(4)]
+    whole = StackedLearner(lanes).fit()
+    assert not whole.failed and not whole.apart
+    same_choice(alone, lanes)
+    monkeypatch.undo()
+    same(alone, lanes)
+
+
+def joint_calls(monkeypatch):
+    "How often lanes are predicted together"
+    calls, original = [], stack.decisions
+    monkeypatch.setattr(stack, "decisions", lambda *a: calls.append(1) or original(*a))
+    return calls
+
+
+@pytest.mark.parametrize("valids, times", [((VALID, VALID), 5), ((VALID, replace(VALID, weak=VALID.weak)), 5), ((VALID, VALID[:20]), 0), ((VALID, VALID[np.arange(30)]), 0),
+                                           ((VALID, SHORT), 0), ((SHORT, SHORT), 5), ((VALID, None), 0), ((None, None), 0), ((VALID[:0], VALID[:0]), 0)])
+def test_only_lanes_with_the_same_clips_are_validated_together(valids, times, monkeypatch):
+    calls = joint_calls(monkeypatch)
+    def make(r, kind): return kind(net(r), TRAIN, GuidedLoss(), seed=r, callbacks=[ValidateCB(valids[r])])
+    alone, lanes, whole = together(make, R=2)
+    assert len(calls) == times and not whole.failed and not whole.apart
+    same(alone, lanes)
+
+
+def test_large_networks_are_validated_one_by_one_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(stack, "SMALL", 1)
+    monkeypatch.setattr(stack, "decisions", refuse)
+    alone, lanes, _ = together(ruled)
+    same(alone, lanes)
+
+
+def test_a_network_that_has_no_joint_form_in_evaluation_is_validated_one_by_one(monkeypatch):
+    calls = joint_calls(monkeypatch)
+    class Looks(micro.HAN):
+        def before_head(self, x_audio, x_visual):
+            if not self.training and x_audio.mean() > 1e9: x_audio = 0 * x_audio
+            return x_audio, x_visual
+    alone, lanes, whole = together(lambda r, kind: ruled(r, kind, VALID, Looks))
+    assert len(calls) == 1 and whole.apart == {stack.validate_together} and not whole.failed
+    same(alone, lanes)
+    same_choice(alone, lanes)
+
+
+def test_running_out_of_memory_in_validation_is_nobodys_fault(monkeypatch):
+    def out(*args): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(stack, "decisions", out)
+    lanes = [ruled(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in range(2)]
+    with pytest.raises(torch.OutOfMemoryError): StackedLearner(lanes).fit()
+    assert all(lane.error is None for lane in lanes)
+
+
+class Spoil(Callback):
+    "Something that happens to the weights of a lane before it is validated"
+    order = -1
+    def __init__(self, value): self.value = value
+    def after_epoch(self, learner):
+        if self.value is not None and learner.epoch == 2:
+            with torch.no_grad(): learner.model.head.maps[0].bias.fill_(self.value)
+
+
+class Raw(micro.HAN):
+    "A network whose head may answer beyond 1"
+    def forward(self, *args, **kw):
+        p = super().forward(*args, **kw)
+        p.segments = p.segments * (1 + 3 * (self.head.maps[0].bias.min() > 99))
+        return p
+
+
+@pytest.mark.parametrize("value, said", [(torch.nan, "parsing: video of video 0 holds nan"), (100., "parsing: segments of video 0 holds 4. expected probabilities in [0,1]")])
+@pytest.mark.parametrize("bad", [1, 2])               # a rule of one pass, and one of two
+def test_impossible_probabilities_cost_their_own_lane_only(bad, value, said, monkeypatch):
+    def make(r, kind): return ruled(r, kind, VALID, Raw, Spoil(value if r == bad else None))
+    with pytest.raises(InputError) as single: make(bad, lambda *a, **k: Learner(*a, **{**FIT, **k})).fit()
+    calls = joint_calls(monkeypatch)
+    lanes = [make(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in range(4)]
+    whole = StackedLearner(lanes).fit()
+    assert whole.failed == [lanes[bad]] and str(lanes[bad].error) == str(single.value) and said in str(single.value)
+    assert "val" not in lanes[bad].history[1] and len(lanes[bad].history) == 2 and len(calls) == 5 and not whole.apart
+    others = [r for r in range(4) if r != bad]
+    alone = [make(r, lambda *a, **k: Learner(*a, **{**FIT, **k})).fit() for r in others]
+    same_choice(alone, [lanes[r] for r in others])
+    same(alone, [lanes[r] for r in others])
+
+
+def test_lanes_that_have_failed_are_not_scored():
+    class Stumble(Callback):
+        order = -1
+        def __init__(self, r): self.r = r
+        def after_epoch(self, learner):
+            if self.r == 0 and learner.epoch == 3: raise ValueError("stumbled")
+    lanes = [ruled(r, lambda *a, **k: Lane(*a, **{**FIT, **k}), VALID, None, Stumble(r)) for r in range(3)]
+    whole = StackedLearner(lanes).fit()
+    assert whole.failed == [lanes[0]] and ["val" in h for h in lanes[0].history] == [True, True, False]
+    same([ruled(r, lambda *a, **k: Learner(*a, **{**FIT, **k})).fit() for r in (1, 2)], lanes[1:])
+
+
+def test_clips_without_dense_labels_are_refused_as_in_a_single_run():
+    blind = replace(VALID, dense_audio=None, dense_visual=None)
+    def make(r, kind): return kind(net(r), TRAIN, GuidedLoss(), seed=r, callbacks=[ValidateCB(blind)])
+    with pytest.raises(InputError) as single: make(0, lambda *a, **k: Learner(*a, **{**FIT, **k})).fit()
+    lanes = [make(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in range(2)]
+    whole = StackedLearner(lanes).fit()
+    assert len(whole.failed) == 2 and {str(lane.error) for lane in lanes} == {str(single.value)}
+
+
+def test_validation_draws_nothing_and_leaves_the_weights_alone():
+    lanes = [ruled(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in range(4)]
+    whole = StackedLearner(lanes)
+    whole.begin()
+    def state(): return [torch.get_rng_state(), *(g.get_state() for g in whole.generators), *(v.detach().clone() for v in whole.params.values())]
+    before = state()
+    scores = stack.lane_scores(whole, VALID, [kept(lane).rule for lane in lanes])
+    assert all(torch.equal(x, y) for x, y in zip(before, state(), strict=True)) and all(lane.model.training for lane in lanes)
+    assert scores == [kept(lane).score(lane) for lane in lanes] == stack.lane_scores(whole, VALID.to("cpu"), [kept(lane).rule for lane in lanes])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("valid", [VALID, SHORT])
+def test_lanes_are_validated_together_on_a_gpu(valid):
+    lanes = [ruled(r, lambda *a, **k: Lane(*a, **{**FIT, **k, "device": "cuda", "deterministic": True}), valid) for r in range(4)]
+    whole = StackedLearner(lanes).fit()
+    assert not whole.failed and not whole.apart and isinstance(whole.plans["valid"].audio, torch.Tensor)
+    for lane in lanes:       # the model is that of the kept epoch; a decision at the very threshold may differ
+        assert kept(lane).score(lane) == pytest.approx(lane.history[kept(lane).best_epoch - 1]["val"], abs=2)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

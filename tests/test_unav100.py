@@ -77,6 +77,13 @@ def test_events_of_a_class_join_and_classes_do_not(tmp_path):
     assert u.notes.note.tolist() == ["overlap: man speaking 2.6-4 and 3.5-6"]
 
 
+def collected(path):
+    "(what is refused, ids of what is read) where a defect doesn't stop the reading"
+    refused = []
+    annotations = U.load_unav(path, refused=refused)
+    return [(i, split, str(e)) for i, split, e in refused], [i for s in annotations.values() for i in s.ids]
+
+
 BAD = {
     "label": ([event("man speeking")], "event 0: unknown class 'man speeking'.*did you mean 'man speaking'"),
     "case": ([event("Man speaking")], "unknown class 'Man speaking'"),
@@ -99,6 +106,7 @@ BAD = {
 def test_bad_events_are_refused(tmp_path, events, message):
     with pytest.raises(InputError, match=message) as e: U.load_unav(write(tmp_path/"bad.json", {ID: {**video(), "annotations": events}}))
     assert "bad.json" in str(e.value) and ID in str(e.value)
+    assert collected(tmp_path/"bad.json") == ([(ID, "train", str(e.value))], [])
 
 
 BAD_VIDEOS = {
@@ -114,8 +122,10 @@ BAD_VIDEOS = {
 
 @pytest.mark.parametrize("entry,message", BAD_VIDEOS.values(), ids=BAD_VIDEOS)
 def test_bad_videos_are_refused(tmp_path, entry, message):
-    with pytest.raises(InputError, match=message) as e: U.load_unav(write(tmp_path/"bad.json", {ID: entry}))
+    with pytest.raises(InputError, match=message) as e: U.load_unav(write(tmp_path/"bad.json", {ID: entry, "aGoodVideo1": video()}))
     assert f"bad.json: {ID}" in str(e.value)
+    split = "train" if entry.get("subset") == "train" else "?"
+    assert collected(tmp_path/"bad.json") == ([(ID, split, str(e.value))], ["aGoodVideo1"])
 
 
 @pytest.mark.parametrize("text,message", [
@@ -229,6 +239,47 @@ def test_a_store_belongs_to_its_annotations(layout):
     if other.seconds == u.seconds:
         with pytest.raises(InputError, match="holds a different pack"): U.pack_unav(layout, layout/"s", other)
     assert U.load_unav_clips(other, U.pack_unav(layout, layout/"t", other), "test").lengths[1] == b
+
+
+@pytest.mark.parametrize("text,owner", [
+    ('"ID": {"duration": 9, "subset": "train", "annotations": [E]}, "ID": {"duration": 9, "subset": "train", "annotations": [E]}', ID),
+    ('"ID": {"duration": 8, "duration": 9, "subset": "train", "annotations": [E]}', ID),
+    ('"ID": {"duration": 9, "subset": "train", "annotations": [{"label_id": 0, "label_id": 0, "segment": [1, 4], "label": "man speaking"}]}', ID),
+    ('"ID": {"duration": 9, "duration": 9, "subset": "train", "annotations": 5}', ID),
+    ('"ID": {"duration": 9, "subset": "train", "annotations": [E]}, "note": {"by": 1, "by": 2}', "note"),
+    ('"ID": {"duration": 9, "subset": "train", "annotations": [E], "more": {"by": 1, "by": 2}}', "")])
+def test_what_occurs_twice_has_an_owner(tmp_path, text, owner):
+    path = tmp_path/"a.json"
+    path.write_text('{"database": {' + text.replace("ID", ID).replace("[E]", json.dumps([event()])) + "}}")
+    with pytest.raises(InputError, match="occurs twice"): U.load_unav(path)
+    twice = [(i, e) for i, _, e in collected(path)[0] if "occurs twice" in e]
+    assert [i for i, _ in twice] == [owner]
+    root = U.write_unav(tmp_path/"features", {"train": 1})
+    report = U.check_unav(root, path)
+    assert not report.ok and set(report.ids) == {ID} | ({owner} - {""})
+
+
+@pytest.mark.parametrize("rows,problem", [(.49, "length"), (.85, "length"), (1.2, "length"), (2, "length"), (.93, None), (1.07, None)])
+def test_rows_have_to_fit_the_duration(layout, rows, problem):
+    "All three files of a video alike, so that they are not uneven"
+    u = U.load_unav(layout)
+    i, d = u["train"].ids[0], float(u["train"].durations[0])
+    for m in ARRAYS:
+        x = np.load(U.unav_file(layout, i, m))
+        assert len(x) == U.n_rows(d)
+        np.save(U.unav_file(layout, i, m), np.resize(x, (round(rows*len(x)), x.shape[1])))
+    report = U.check_unav(layout, layout)
+    assert report.problems.problem.tolist() == [problem]*(problem is not None) and report.ok == (problem is None)
+    assert U.unav_doctor(layout, [i]).ok                                                      # nothing is known of a bare id
+    if problem is None: assert len(U.pack_unav(layout, layout/"s", u)) == 10
+    else:
+        with pytest.raises(InputError, match=f"length: .* rows .*expected about {U.n_rows(d)}, for {d:g} s"): U.pack_unav(layout, layout/"s", u)
+
+
+def test_a_report_without_splits_counts_as_well(layout):
+    report = U.unav_doctor(layout, [ID])
+    assert report.counts().loc["?"].to_dict() == dict(annotated=1, found=0, missing=1, broken=0, usable=0)
+    assert (report.counts().loc[["train", "val", "test"]] == 0).all(axis=None) and "0 of 1 videos usable" in repr(report)
 
 
 def test_extra_files_are_told_and_ignored(layout):
