@@ -13,6 +13,7 @@ import io
 import math
 import sys
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -177,7 +178,9 @@ class Recording:
         with products(self.precision):
             if self.engine != "graphs" or self.device.type != "cuda": yield; return
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream): yield
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True.*")     # of the optimiser, about the ordinary steps before a recording
+                yield
             torch.cuda.current_stream().wait_stream(self.stream)
 
 # %% ../nbs/07_learner.ipynb #5440bcc5

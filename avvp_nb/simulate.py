@@ -32,7 +32,7 @@ import torch
 from .annotations import markdown_table, write_annotations
 from .core import CLASSES, InputError, asset, check_choice, content_hash, file_hash, read_json, write_json
 from .data import Clips
-from .features import pool_frames, write_layout
+from .features import layout_source, pool_frames, write_layout
 
 # %% ../nbs/04_simulate.ipynb #88e3ffa6
 VERSION = "1"  # of the generator: any change of its output needs a new one
@@ -720,8 +720,10 @@ def write_simulated(root,               # folder to write into
                     chunk: int = 64,    # videos in memory at a time, 0.7 MB each
                     workers=None,       # threads
                     ) -> Path:          # `root`
-    "Write a simulated data set in the authors' layout"
+    "Write a simulated data set in the authors' layout; refuses to write beside, or over, files that were not simulated"
     root, sizes, kw = Path(root), profile_sizes(profile), {"seed": seed, "params": params, "annotations": annotations}
+    if annotations is None and any((root/"data").glob("*.csv")) and not layout_source(root/"feats")["simulated"]:
+        raise InputError("holds annotations that were not simulated", where=root/"data", expected="a new or empty folder", fix="choose another folder; nothing was written")
     source = layout_provenance(_setup(seed, "train", params, None)[0], annotations)
     for split, n in sizes.items():
         for start in range(0, n, chunk):

@@ -439,6 +439,17 @@ def test_layout_with_real_annotations_writes_features_only(tmp_path, real):
     assert sorted(p.stem for p in (root/"feats"/"vggish").glob("*.npy")) == sorted(real["val"].video_ids[:3])
 
 
+def test_annotations_that_were_not_simulated_are_never_overwritten(tmp_path):
+    (tmp_path/"data").mkdir()
+    (tmp_path/"data"/"AVVP_val_pd.csv").write_text("somebody's own")
+    with pytest.raises(InputError, match="data: holds annotations that were not simulated. .*choose another folder; nothing was written"):
+        S.write_simulated(tmp_path, {"train": 2})
+    assert [p.name for p in tmp_path.rglob("*")] == ["data", "AVVP_val_pd.csv"]
+    (tmp_path/"data"/"AVVP_val_pd.csv").unlink()
+    S.write_simulated(tmp_path, {"train": 2})
+    S.write_simulated(tmp_path, {"train": 2})                  # its own may be written again
+
+
 def test_a_layout_is_not_mixed_from_two_simulations(tmp_path):
     S.write_simulated(tmp_path, {"train": 2})
     with pytest.raises(InputError, match="features of another source"):

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from avvp_nb.core import read_json
+from avvp_nb.core import InputError, read_json
 from avvp_nb.report import compare, reported
+from avvp_nb.reproduce import plan, recorded, render
 from avvp_nb.runs import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +47,25 @@ def section(backbone, floors):
     names = list(ours)
     printed = {names[0]: reported("dgm", "VII", backbone), names[1]: reported("dgm", table, method, variant=variant)}
     text = compare(ours, printed, floors=floors, caption=f"DGM on {NAMES[backbone]}").to_markdown()
-    hw = ours[names[0]][0]["hardware"]
+    return f"{took(ours)}\n\n{text}"
+
+
+def took(ours):
+    "How long the runs took, and on what"
+    hw = next(iter(ours.values()))[0]["hardware"]
     where = f"{hw.get('gpu') or hw['processor']}, {hw['threads']} thread{'s' * (hw['threads'] > 1)}"
-    took = ", ".join(f"{k} {minutes(v)}" for k, v in ours.items())
-    return f"Median training time of one run ({where}, busy with other work): {took}.\n\n{text}"
+    return f"Median training time of one run ({where}, busy with other work): {', '.join(f'{k} {minutes(v)}' for k, v in ours.items())}."
+
+
+def coleaf(table="5", scale="small"):
+    "A table of CoLeaF with the floor that its measures need beside them, or nothing without records"
+    wanted = plan("coleaf", table, scale, (1,))
+    records = [r for r in committed() if r["spec"]["scale"] == scale and r["data"]["identity"].get("annotations") == "embedded"]
+    try: ours = recorded(wanted, records)
+    except InputError: return ""
+    found = render(wanted, records)
+    found.rows = [row for row in found.rows if row.kind != "floor" or row.name == "nothing"]
+    return f"{took(ours)}\n\n{found.to_markdown()}"
 
 
 def calibration():
@@ -62,7 +78,7 @@ def calibration():
 
 def block():
     "The generated text"
-    parts = [s for s in (section("jomold", True), section("han", False), calibration()) if s]
+    parts = [s for s in (section("jomold", True), section("han", False), coleaf(), calibration()) if s]
     return "\n\n".join(parts) or "No committed records yet."
 
 
