@@ -177,7 +177,7 @@ def goals(found):
             "times the per-file loop at batch 16": {"wanted": 2.5, "reached": found["batch 16"]["ratio"]}}
 
 
-def run(videos=192, epochs=1, rounds=3):
+def run(videos=512, epochs=1, rounds=3):
     "Videos per second of both loops at batch 16 and 128, after checking that they compute the same"
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
