@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Optional
 
 from .core import InputError, atomic_write, check_choice, content_hash, did_you_mean, file_hash, read_json
+from .learner import ENGINES, check_engine
 from .reproduce import all_tables, distinct, duration, plan, with_first
 from .runs import METHODS, SCALES, DataSpec, RunSpec, Store, describe, identify, run, run_key
 from .simulate import SimParams
@@ -156,15 +157,15 @@ def attempt(f, *args):
     try: return f(*args)
     except Exception as e: return failure(e)
 
-def run_group(specs, store, device="auto", progress="off") -> list:
+def run_group(specs, store, device="auto", progress="off", engine=None) -> list:
     "A record or a `Failure` for each run of a task"
-    if len(specs) == 1: return [attempt(run, specs[0], store, device, progress)]
-    result = attempt_stack(specs, store, device, progress)
+    if len(specs) == 1: return [attempt(run, specs[0], store, device, progress, engine)]
+    result = attempt_stack(specs, store, device, progress, engine)
     return [result]*len(specs) if isinstance(result, Failure) else result
 
-def attempt_stack(specs, store, device, progress):
+def attempt_stack(specs, store, device, progress, engine=None):
     "Records of a stack, with a `Failure` in the place of each run that failed; one `Failure` if none of it could be run"
-    try: return run_stacked(specs, store, device, progress)
+    try: return run_stacked(specs, store, device, progress, None, engine)
     except StackFailure as e:
         lost = {k: Failure(t.strip().splitlines()[-1], t) for k, t in e.failures.items()}
         return [r if r is not None else lost.get(k, failure(e)) for k, r in zip(keys_of(specs, store).values(), e.records)]
@@ -341,6 +342,7 @@ class Job:
     pulse: float = 10.
     patience: float = 120.
     scales: dict = field(default_factory=dict)
+    engine: Optional[str] = None   # see `learner.ENGINES`
 
 @dataclass(frozen=True)
 class Outcome:
@@ -390,7 +392,7 @@ def compute(out, keys: dict, job: Job) -> list:
         if isinstance(out, Remote):
             for f in with_first(mine):
                 if f not in mine: attempt(pull, out, keys_of([f], out.store)[f])
-        results = dict(zip(mine, run_group(mine, out.store, job.device, job.progress)))
+        results = dict(zip(mine, run_group(mine, out.store, job.device, job.progress, job.engine)))
         return [outcome_of(out, s, k, results.get(s), s in there, claims[s]) for s, k in keys.items()]
 
 def outcome_of(out, spec, key, result, there, claim) -> Outcome:
@@ -510,20 +512,22 @@ def sweep(specs,                     # see `read_grid`; what must come first is 
           device: str = "auto", progress: str = "lines",
           stack: int = 1,            # most runs of a task, which then train as one model; see `stack`
           stage=None, pulse: float = 10., patience: float = 120.,   # see `Remote`
+          engine=None,               # how steps are carried out, see `learner.ENGINES`; with 'compile' every run is a task
           **settings,                # of the executor: address, gpus, retries, partition, ...
           ) -> list:                 # an `Outcome` for each run, first stages included
     "Make the runs that the store lacks, each once; failed runs are outcomes and stop only what needs them"
     specs = with_first(specs)
     do = EXECUTORS[check_choice(executor, EXECUTORS, "executor")]
     if stack < 1: raise InputError(f"{stack} is not possible", where="stack", expected="at least 1")
-    job = Job(str(out), device, progress, None if stage is None else str(stage), pulse, patience, {s.scale: SCALES[s.scale] for s in specs})
+    if engine: check_engine(engine, device) if executor == "local" else check_choice(engine, ENGINES, "engine")   # workers have other devices
+    job = Job(str(out), device, progress, None if stage is None else str(stage), pulse, patience, {s.scale: SCALES[s.scale] for s in specs}, engine)
     place = open_out(job)
     place.prepare()
     keys, there, start = keys_of(specs, place.store), place.recorded(), time.monotonic()
     done = {k: Outcome(k, "recorded") for k in keys.values() if k in there}
     say(job, f"{len(keys)} runs, {len(done)} of them recorded")
     for wait in (False, True):
-        tasks, n = plan_tasks([s for s, k in keys.items() if k not in done], stack), len(done)
+        tasks, n = plan_tasks([s for s, k in keys.items() if k not in done], 1 if engine == "compile" else stack), len(done)
         for i, answer in do(tasks, job, wait, **settings) if tasks else ():
             for s, o in zip(tasks[i].specs, answer):
                 if o.state != "busy" or wait: done[o.key] = o; say(job, line(s, o, len(done), len(keys), n, start))
@@ -549,6 +553,7 @@ def add_arguments(p):
     p.add_argument("--address", help="of a running Ray cluster; default: one on this machine")
     p.add_argument("--gpus-per-task", type=float, default=.25, help="share of a GPU that a task gets, where there are any; 0: none")
     p.add_argument("--stack", type=int, default=1, help="most runs that one task trains together as one model; worth it on GPUs")
+    p.add_argument("--engine", choices=ENGINES, help="how steps are carried out; graphs needs GPUs")
     p.add_argument("--retries", type=int, default=3, help="how often a task whose worker died is started again")
     p.add_argument("--partition", help="of Slurm"); p.add_argument("--minutes", type=int, default=240, help="time limit of a Slurm job")
     p.add_argument("--stage", help="folder on each worker in which the runs of a URL are computed")
@@ -567,7 +572,7 @@ def cmd_sweep(a):
     if a.dry_run: print(*map(describe, with_first(specs)), sep="\n"); return 0
     slurm = dict(partition=a.partition, minutes=a.minutes, folder=str(Path.home()/".avvp_nb"/"slurm")) if a.executor == "slurm" else {}
     outcomes = sweep(specs, a.out, a.executor, a.device, a.progress, a.stack, stage=a.stage, address=a.address, gpus=a.gpus_per_task,
-                     retries=a.retries, **slurm)
+                     retries=a.retries, engine=a.engine, **slurm)
     if a.collect: print(f"{collect(outcomes, a.out, a.collect, a.stage)} runs brought into {a.collect}")
     bad = [o for o in outcomes if o.state in ("failed", "skipped")]
     for o in bad: print(f"{o.key} {o.state}: {o.why}\n{o.details}", file=sys.stderr)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import micro
 import pytest
+import torch
 
 from avvp_nb import cluster, runs
 from avvp_nb.cluster import Outcome, Remote, create_once, expand, open_url, plan_tasks, pull, push, read_grid, sweep
@@ -295,6 +296,19 @@ def test_a_run_that_fails_in_a_stack_leaves_the_others(tmp_path, monkeypatch):
     assert (a.state, b.state, b.why) == ("trained", "failed", f"FloatingPointError: {b.key} is nan") and b.details.startswith("Traceback")
     monkeypatch.setattr(cluster, "run_stacked", lambda *args: 1 / 0)
     assert {o.why for o in sweep([RunSpec(scale="micro", seed=s) for s in (1, 2)], tmp_path, progress="off", stack=2)} == {"ZeroDivisionError: division by zero"}
+
+
+def test_the_engine_is_handed_on(tmp_path, monkeypatch):
+    "Compiled runs are tasks of their own; an engine that is not there is refused before any work where it can be known"
+    monkeypatch.setattr(torch, "compile", lambda model, **kw: model)
+    specs = [RunSpec("han", {"temporal": "none"}, scale="micro", seed=s, epochs=1) for s in (1, 2)]
+    assert [o.state for o in sweep(specs, tmp_path / "a", device="cpu", progress="off", stack=2, engine="compile")] == ["trained"] * 2
+    assert [r["hardware"]["engine"] for r in micro.records(tmp_path / "a").values()] == ["compile"] * 2
+    with pytest.raises(InputError, match="engine: 'graphs' needs a GPU"): sweep(specs, tmp_path / "b", device="cpu", engine="graphs")
+    with pytest.raises(InputError, match="engine: 'fast' is not possible"): sweep(specs, tmp_path / "b", "ray", engine="fast")
+    assert not (tmp_path / "b").exists()
+    outcomes = cluster.run_group(specs, Store(tmp_path / "c"), "cpu", "off", "graphs")     # a worker without a GPU
+    assert all("needs a GPU" in o.why for o in outcomes)
 
 
 def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path, monkeypatch):
