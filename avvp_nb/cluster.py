@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLE_KEYS', 'EXECUTORS', 'read_grid_file', 'check_keys', 'combinations', 'names', 'read_data', 'spec_at',
-           'expand_tables', 'expand', 'read_grid', 'Task', 'stage_of', 'grouped', 'plan_tasks', 'Failure', 'failure',
-           'attempt', 'run_group', 'attempt_stack', 'open_url', 'create_once', 'this_machine', 'is_gone', 'Claim',
-           'product_file', 'files_of', 'Remote', 'push', 'fetch', 'pull', 'Job', 'Outcome', 'Shared', 'open_out',
-           'keys_of', 'free', 'compute', 'outcome_of', 'work', 'fallen', 'ended', 'local', 'needs', 'start_ray',
-           'on_ray', 'Requeued', 'layers', 'on_slurm', 'say', 'sweep', 'line', 'check_written', 'add_arguments',
-           'collect', 'cmd_sweep']
+           'expand_tables', 'expand', 'read_grid', 'Task', 'grouped', 'plan_tasks', 'Failure', 'failure', 'attempt',
+           'run_group', 'attempt_stack', 'open_url', 'create_once', 'this_machine', 'is_gone', 'Claim', 'product_file',
+           'files_of', 'Remote', 'push', 'fetch', 'pull', 'Job', 'Outcome', 'Shared', 'open_out', 'keys_of', 'free',
+           'compute', 'outcome_of', 'work', 'fallen', 'ended', 'local', 'needs', 'start_ray', 'on_ray', 'Requeued',
+           'layers', 'on_slurm', 'say', 'sweep', 'line', 'check_written', 'add_arguments', 'collect', 'cmd_sweep']
 
 # %% ../nbs/27_cluster.ipynb #c8fa9e15
 import importlib.util
@@ -31,7 +30,7 @@ from typing import Optional
 
 from .core import InputError, atomic_write, check_choice, content_hash, did_you_mean, file_hash, read_json
 from .learner import ENGINES, check_engine
-from .reproduce import all_tables, distinct, duration, plan, with_first
+from .reproduce import all_tables, depth, distinct, duration, plan, with_first
 from .runs import METHODS, SCALES, DataSpec, RunSpec, Store, describe, identify, run, run_key
 from .simulate import SimParams
 from .stack import StackFailure, plan_stacks, run_stacked
@@ -119,10 +118,6 @@ class Task:
     specs: tuple          # of `RunSpec`: one, or a stack
     after: tuple = ()     # positions of the tasks that must be done first
 
-def stage_of(spec) -> int:
-    "How many runs must be made, one after the other, before this one"
-    return max((1 + stage_of(f) for f in spec.base.first(spec)), default=0)
-
 def grouped(specs,
             size: int = 1) -> list:   # most runs of a task; 1: every run alone
     "Lists of specs that can train as one stack, those that can't alone"
@@ -133,7 +128,7 @@ def plan_tasks(specs,                # runs that are still to be made
                ) -> list:            # of `Task`
     "Tasks in an order in which they can be done; a run that isn't among `specs` is taken to be recorded"
     stages, tasks, place = {}, [], {}
-    for s in specs: stages.setdefault(stage_of(s), []).append(s)
+    for s in specs: stages.setdefault(depth(s), []).append(s)
     for stage in sorted(stages):
         for part in grouped(stages[stage], stack):
             after = {place[f] for s in part for f in s.base.first(s) if f in place}

@@ -10,7 +10,7 @@ __all__ = ['KINDS', 'TOLERANCE', 'GOLDEN', 'RECORDED', 'DRIFT', 'PIECES', 'PARTS
            'Catch', 'one_step', 'largest', 'compare_steps', 'parity_rows', 'filled', 'golden_case', 'golden_rows',
            'short_run', 'histories', 'engine_rows', 'parity', 'Job', 'estimate', 'fits', 'work', 'check_possible',
            'open_manifest', 'save_frame', 'parity_job', 'benchmark_jobs', 'stacked', 'stack_rate', 'train_specs',
-           'pick_engine', 'check_alive', 'depth', 'run_cost', 'kind', 'group_key', 'chunks', 'table_jobs', 'loader',
+           'pick_engine', 'check_alive', 'run_cost', 'kind', 'group_key', 'chunks', 'table_jobs', 'loader',
            'precision_specs', 'train_precision', 'precision_effect', 'precision_jobs', 'save_precision', 'table_times',
            'report_jobs', 'render_tables', 'gpu_report', 'timed', 'what_is_left', 'checked_source', 'to_copy', 'merge',
            'copy_file', 'plot_share', 'intensity', 'plot_roofline', 'plot_effect', 'saved_benchmarks', 'merging_cost',
@@ -41,7 +41,7 @@ from .data import Clips
 from .learner import ENGINES, PRECISIONS, Callback, Learner, check_engine, pick_device, products
 from .official import OFFICIAL, from_official
 from .pseudo import DenseLoss
-from .reproduce import (TABLES, add_data_arguments, all_specs, as_store, data_for, data_of, default_seeds, duration, paper_list, plan, reproduce,
+from .reproduce import (TABLES, add_data_arguments, all_specs, as_store, data_for, data_of, default_seeds, depth, duration, paper_list, plan, reproduce,
                                stored, with_first)
 from .report import drawing, finish, scores
 from .runs import (LABELS, METHODS, SCALES, DataSpec, RunSpec, Store, commit, describe, hardware, load_data, network_sizes, run,
@@ -215,7 +215,7 @@ def step_cost(learner) -> dict:
     start(learner)
     learner.n_batches, learner.i = 1, 0
     learner.model.train()
-    with Counter() as c: learner.one_batch(idx)
+    with learner.steps(), Counter() as c: learner.one_batch(idx)      # in the stream of the other steps, as a recording wants it
     return c.total()
 
 def start(learner):
@@ -229,9 +229,10 @@ def start_stack(stack):
     stack("before_fit"); stack.begin(); stack("before_epoch")
 
 def operations(n: int = 1,              # runs that are trained as one
-               method: str = "han", batch_size: int = 4, **kwargs) -> int:
+               method: str = "han", clips=None, **kwargs) -> int:
     "How many operations Python asks for in one training step, views included; hardly depends on sizes"
-    clips = random_clips(batch_size) if "clips" not in kwargs else kwargs.pop("clips")
+    clips = random_clips(4) if clips is None else clips
+    batch_size = len(clips)
     made = [bench_learner(clips, method, batch_size=batch_size, seed=r, learner=Lane if n > 1 else Learner, **kwargs) for r in range(n)]
     one = StackedLearner(made) if n > 1 else made[0]
     (start_stack if n > 1 else start)(one)
@@ -557,10 +558,6 @@ def check_alive(device):
     if torch.device(device).type == "cuda": torch.cuda.synchronize()
 
 # %% ../nbs/26_gpu.ipynb #7f8e02a0
-def depth(spec: RunSpec) -> int:
-    "How many runs must come before this one, one after another"
-    return max((1 + depth(f) for f in spec.base.first(spec)), default=0)
-
 def run_cost(spec: RunSpec) -> float:
     "Videos that a run sees, in thousands"
     return SCALES[spec.scale].train*spec.recipe()["epochs"]/1000
@@ -700,9 +697,10 @@ def timed(job: Job, seconds: dict, save: Callable) -> Job:
     "The same job, which leaves its time in `seconds` and saves after it"
     def do():
         t = time.monotonic()
-        job.do()
-        seconds[f"{job.piece}: {job.name}"] = round(time.monotonic() - t, 2)
-        save()
+        try: job.do()
+        finally:                            # a job that takes the GPU with it is noted as well, so that the next call goes past it
+            seconds[f"{job.piece}: {job.name}"] = round(time.monotonic() - t, 2)
+            save()
     return replace(job, do=do)
 
 def what_is_left(left, rates: dict) -> str:

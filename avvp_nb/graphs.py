@@ -28,7 +28,7 @@ def aliases(func) -> bool:
 # %% ../nbs/06b_graphs.ipynb #a8a4a497
 class Tape(TorchDispatchMode):
     "The operations of a function, to be done again without its Python; for tests, on any device"
-    def __init__(self, generators=(), device=None):
+    def __init__(self, generators=()):
         super().__init__()
         self.lines = []       # operation, its arguments, its results
 
@@ -54,7 +54,7 @@ class Tape(TorchDispatchMode):
 # %% ../nbs/06b_graphs.ipynb #2f418070
 class CudaTape:
     "The operations of a function as a CUDA graph; to be used within a stream of its own"
-    def __init__(self, generators=(), device=None):
+    def __init__(self, generators=()):
         self.graph = torch.cuda.CUDAGraph()
         for g in generators: self.graph.register_generator_state(g)
 

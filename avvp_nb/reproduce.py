@@ -6,13 +6,13 @@
 __all__ = ['TABLES', 'DATASET', 'RATES', 'SHOWN', 'BASE', 'ON', 'PRINTED_ONLY', 'PAIRS', 'READ', 'SEEDS', 'EXTRA', 'HEADLINE',
            'PICK', 'MEANINGFUL', 'SELECTORS', 'ONLY_VALIDATION', 'TREATED', 'check_table', 'paper_list', 'all_tables',
            'System', 'pairs_of', 'variant_options', 'variant_read', 'system_of', 'experiment', 'distinct',
-           'default_seeds', 'row_labels', 'PlanRow', 'Plan', 'as_data', 'data_for', 'plan_row', 'plan', 'with_first',
-           'all_specs', 'as_store', 'stored', 'duration', 'sweep', 'load_records', 'by_experiment', 'collect',
-           'render_notes', 'recorded', 'title', 'render', 'draw', 'data_kind', 'table_stem', 'reproduce', 'headline',
-           'cross_table', 'pair_seeds', 'gain', 'split_gain', 'rule_share', 'gains', 'plot_gains', 'validation',
-           'picked_epoch', 'selection_effect', 'settings', 'only_values', 'only_floor', 'only_table', 'order_text',
-           'swapped_pairs', 'kendall', 'ranking', 'against_nothing', 'add_arguments', 'add_data_arguments', 'data_of',
-           'cmd_reproduce']
+           'default_seeds', 'row_labels', 'PlanRow', 'Plan', 'as_data', 'data_for', 'plan_row', 'plan', 'depth',
+           'with_first', 'all_specs', 'as_store', 'stored', 'duration', 'sweep', 'load_records', 'by_experiment',
+           'collect', 'render_notes', 'recorded', 'title', 'render', 'draw', 'data_kind', 'table_stem', 'reproduce',
+           'headline', 'cross_table', 'pair_seeds', 'gain', 'split_gain', 'rule_share', 'gains', 'plot_gains',
+           'validation', 'picked_epoch', 'selection_effect', 'settings', 'only_values', 'only_floor', 'only_table',
+           'order_text', 'swapped_pairs', 'kendall', 'ranking', 'against_nothing', 'add_arguments',
+           'add_data_arguments', 'data_of', 'cmd_reproduce']
 
 # %% ../nbs/23_reproduce.ipynb #e7dbefcd
 import time
@@ -229,6 +229,10 @@ def plan(paper: str,                   # one of `TABLES`
 
 # %% ../nbs/23_reproduce.ipynb #d532aacb
 EXTRA = {"dgm": (System("dgm", {"modulate": False}, "jomold"),)}  # DGM, Fig. 5: "before" modulation
+
+def depth(spec: RunSpec) -> int:
+    "How many runs must be made, one after the other, before this one"
+    return max((1 + depth(f) for f in spec.base.first(spec)), default=0)
 
 def with_first(specs) -> list:
     "The specs, each preceded by the runs that its stages need; without repeats"

@@ -124,7 +124,7 @@ def test_what_is_needed_first_comes_first():
         assert sorted(place.values()) == sorted(i for i, t in enumerate(tasks) for _ in t.specs) and set(place) == set(specs)
         for i, t in enumerate(tasks):
             assert set(t.after) == {place[f] for s in t.specs for f in s.base.first(s)} and all(j < i for j in t.after)
-        assert [i for layer in cluster.layers(tasks) for i in layer] == sorted(range(len(tasks)), key=lambda i: cluster.stage_of(tasks[i].specs[0]))
+        assert [i for layer in cluster.layers(tasks) for i in layer] == sorted(range(len(tasks)), key=lambda i: cluster.depth(tasks[i].specs[0]))
 
 
 # --- claims and URLs -------------------------------------------------------------------------------------------------

@@ -174,6 +174,27 @@ def test_the_engine_of_a_report_is_checked_and_handed_on(tmp_path, small, monkey
     assert seen == ["compile"]
 
 
+def test_a_run_that_takes_the_gpu_with_it_ends_the_call_and_the_next_one_goes_past_it(tmp_path, small, monkeypatch, capsys):
+    specs = [runs.RunSpec("han", {"temporal": "none"}, scale="micro", seed=s, epochs=1) for s in (1, 2)]
+    right = gpu.run
+
+    def run(spec, *args):
+        if spec.seed == 1: raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right(spec, *args)
+
+    def gone(device): raise RuntimeError("CUDA error: the device is gone")
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "all_specs", lambda *args: specs)
+    monkeypatch.setattr(gpu, "check_alive", gone)
+    with pytest.raises(RuntimeError, match="the device is gone"): gpu.gpu_report(tmp_path, "micro", pieces=("tables",), papers=["han"], device="cpu")
+    failed = read_json(tmp_path / "manifest.json")["failed"]
+    assert len(failed) == 1 and "illegal memory access" in next(iter(failed.values())) and not micro.records(tmp_path)
+    monkeypatch.setattr(gpu, "check_alive", lambda device: None)                  # another process, with its GPU
+    assert gpu.gpu_report(tmp_path, "micro", pieces=("tables",), papers=["han"], device="cpu") == []
+    assert [r["seed"] for r in micro.records(tmp_path).values()] == [2]
+    assert gpu.pick_engine(tmp_path, "cuda", read_json(tmp_path / "manifest.json")["failed"]) == "eager"
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_parity_on_the_gpu():
