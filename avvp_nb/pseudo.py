@@ -21,7 +21,7 @@ import pandas as pd
 
 from .annotations import video_id
 from .core import CLASSES, InputError, atomic_write, content_hash, write_json
-from .features import PROBLEMS, SOURCE_FILE, FeatureReport, layout_source
+from .features import PARSING, PROBLEMS, SOURCE_FILE, FeatureReport, layout_source
 from .losses import bce_each
 
 # %% ../nbs/03a_pseudo.ipynb #6bde8cd1
@@ -58,7 +58,9 @@ def read_pseudo(path,            # one .npy file
                 shape: tuple     # (T,C) that it must have
                 ) -> np.ndarray:  # (T,C) uint8
     "Labels of one video and modality; raises an `InputError` naming the file and what to do"
-    try: x = np.lib.format.read_array(io.BytesIO(Path(path).read_bytes()), allow_pickle=False)
+    try:
+        data = io.BytesIO(Path(path).read_bytes())
+        with PARSING: x = np.lib.format.read_array(data, allow_pickle=False)
     except FileNotFoundError as e: raise _bad("missing", "no such file", path) from e
     except (ValueError, EOFError, SyntaxError, OSError) as e:
         if "allow_pickle" in str(e): raise _bad("objects", "holds pickled objects, which are never loaded", path) from e
