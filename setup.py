@@ -22,6 +22,6 @@ setup(
     packages=find_packages(include=["avvp_nb", "avvp_nb.*"]),
     package_data={"avvp_nb": ["assets/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "cluster": cfg["cluster_requirements"].split()},
+    extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
     entry_points={"console_scripts": ["avvp=avvp_nb.__main__:main"]},
 )

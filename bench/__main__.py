@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from avvp_nb.core import atomic_write, write_json
-from avvp_nb.gpu import slug
-from avvp_nb.runs import commit
+from avvp_nb.records.provenance import commit
+from avvp_nb.runs.measure import slug
 
 BENCHMARKS = ("training", "engines", "scoring")
 MEMORY = "/proc/meminfo"

@@ -9,16 +9,19 @@ import time
 import numpy as np
 import torch
 
-from avvp_nb import gpu
-from avvp_nb.learner import Learner, tape_for
-from avvp_nb.stack import Lane, StackedLearner
+from avvp_nb.data import clips as clips_
+from avvp_nb.runs import measure, parity
+from avvp_nb.train.graphs import tape_for
+from avvp_nb.train.lanes import Lane
+from avvp_nb.train.learner import Learner
+from avvp_nb.train.stack import StackedLearner
 from bench.training import in_turns
 
 
 def learner(clips, size, engine, device, kind=Learner, seed=1, dropout=True):
     "A HAN of full width with an engine"
-    made = gpu.bench_learner(clips, batch_size=size, device=device, engine=engine, seed=seed, learner=kind)
-    if not dropout: gpu.still(made)
+    made = measure.bench_learner(clips, batch_size=size, device=device, engine=engine, seed=seed, learner=kind)
+    if not dropout: parity.still(made)
     return made
 
 
@@ -26,10 +29,10 @@ def started(runs, clips, size, engine, device):
     "What trains one epoch when it is called: one run, or a stack of several"
     if runs == 1:
         one = learner(clips, size, engine, device)
-        gpu.start(one)
+        measure.start(one)
     else:
         one = StackedLearner([learner(clips, size, engine, device, Lane, r) for r in range(runs)])
-        gpu.start_stack(one)
+        measure.start_stack(one)
     return one.one_epoch
 
 
@@ -41,14 +44,14 @@ def gap(clips, size, engine, device):
 
 def at(size, runs, engines, device, rounds, n_batches):
     "Videos per second with each engine, and ratios to `eager`"
-    clips = gpu.random_clips(size * n_batches)
+    clips = clips_.random_clips(size * n_batches)
     if device != "cpu": clips = clips.to(device)
     out, jobs = {}, {}
     for e in engines:
         start = time.perf_counter()
         jobs[e] = started(runs, clips, size, e, device)
         jobs[e]()
-        gpu.wait(device)
+        measure.wait(device)
         out[f"{e}, first epoch, s"] = time.perf_counter() - start
     t = in_turns(jobs, rounds, device)
     out |= {f"{e} videos/s": runs * len(clips) / t[e] for e in engines}
@@ -59,7 +62,7 @@ def run(rounds=5, sizes=(16, 128), device=None):
     "Every engine that there is, at each batch size; alone, and on a GPU in stacks"
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     engines = ("eager", "compile", "graphs") if tape_for(device) else ("eager", "compile")
-    small, n_batches = gpu.random_clips(8 * 5), 64 if device == "cuda" else 4
+    small, n_batches = clips_.random_clips(8 * 5), 64 if device == "cuda" else 4
     out = {"largest relative loss difference": {e: gap(small.to(device) if device == "cuda" else small, 8, e, device) for e in engines[1:]}}
     for e, found in out["largest relative loss difference"].items():
         if not found < 1e-3: raise AssertionError(f"losses with {e} differ by {found:.1e} (relative)")

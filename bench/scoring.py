@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from avvp_nb.metrics import LEVELS, METRICS, evaluate, evaluate_videos
+from avvp_nb.counts import LEVELS, METRICS
+from avvp_nb.metrics import evaluate, evaluate_videos
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from oracle import score  # noqa: E402

@@ -10,7 +10,7 @@ The same HAN, trained on the same videos in the same order, twice in one process
 Both are first run without dropout, and their losses compared step by step; speed is reported only if they agree.
 
 The two are timed in turns, together with the machine's own matrix product at the shapes of a step, so that a machine that
-is busy for a while slows all of them down. FLOPs and bytes of one step are counted (`avvp_nb.gpu.Counter`). Stacked runs
+is busy for a while slows all of them down. FLOPs and bytes of one step are counted (`avvp_nb.runs.measure.Counter`). Stacked runs
 are timed beside as many single ones.
 """
 import json
@@ -25,14 +25,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from avvp_nb import gpu
-from avvp_nb.data import load_annotations, load_clips
-from avvp_nb.features import open_store, pack
-from avvp_nb.han import HAN
-from avvp_nb.learner import Callback, Learner, batches
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.official import to_official
-from avvp_nb.simulate import write_simulated
+from avvp_nb.data import clips as clips_
+from avvp_nb.data.annotations import load_annotations
+from avvp_nb.data.clips import load_clips
+from avvp_nb.data.packed import open_store, pack
+from avvp_nb.data.sim_files import write_simulated
+from avvp_nb.methods.han import HAN
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.methods.official import to_official
+from avvp_nb.results import speed
+from avvp_nb.runs import measure
+from avvp_nb.train.learner import Callback, Learner, batches
 
 FEATURES = {"audio": "vggish", "frames": "res152", "motion": "r2plus1d_18"}
 
@@ -117,17 +120,17 @@ def in_turns(jobs, rounds, device="cpu"):
     best = dict.fromkeys(jobs, float("inf"))
     for _ in range(rounds):
         for name, f in jobs.items():
-            gpu.wait(device)
+            measure.wait(device)
             start = time.perf_counter()
             f()
-            gpu.wait(device)
+            measure.wait(device)
             best[name] = min(best[name], time.perf_counter() - start)
     return best
 
 
 def counted(f):
     "GFLOP and GB of what `f` does"
-    with gpu.Counter() as c: f()
+    with measure.Counter() as c: f()
     return c.total()
 
 
@@ -136,7 +139,7 @@ def products(batch_size):
     def one(m, k, n):
         a, b = torch.randn(m, k), torch.randn(k, n)
         return (lambda: [a @ b for _ in range(8)]), 8 * 2 * m * k * n / 1e9
-    return {name: one(*shape) for name, shape in {**gpu.shapes(batch_size), "1024 x 1024 x 1024": (1024,) * 3}.items()}
+    return {name: one(*shape) for name, shape in {**speed.shapes(batch_size), "1024 x 1024 x 1024": (1024,) * 3}.items()}
 
 
 def at(size, root, clips, epochs, rounds):
@@ -161,12 +164,13 @@ def at(size, root, clips, epochs, rounds):
 
 def stacks(n, rounds, size=16, batches_=4, **kwargs):
     "One epoch of `n` runs as a stack beside `n` epochs of one: how many times as fast"
-    from avvp_nb.stack import Lane, StackedLearner
-    clips = gpu.random_clips(size * batches_)
-    def learner(kind, seed=0): return gpu.bench_learner(clips, batch_size=size, seed=seed, learner=kind, **kwargs)
+    from avvp_nb.train.lanes import Lane
+    from avvp_nb.train.stack import StackedLearner
+    clips = clips_.random_clips(size * batches_)
+    def learner(kind, seed=0): return measure.bench_learner(clips, batch_size=size, seed=seed, learner=kind, **kwargs)
     one, stack = learner(Learner), StackedLearner([learner(Lane, r) for r in range(n)])
-    gpu.start(one)
-    gpu.start_stack(stack)
+    measure.start(one)
+    measure.start_stack(stack)
     t = in_turns({"one": lambda: [one.one_epoch() for _ in range(n)], "stack": stack.one_epoch}, rounds)
     return {"one after another videos/s": n * len(clips) / t["one"], "stacked videos/s": n * len(clips) / t["stack"], "ratio": t["one"] / t["stack"]}
 
@@ -189,7 +193,7 @@ def run(videos=512, epochs=1, rounds=3):
         a, b = ours(model, clips, 16, 1), reference_epochs(reference, root, clips, 16, 1)
         gap = float(np.abs(np.array(a) / np.array(b) - 1).max())
         if not gap < 1e-3: raise AssertionError(f"losses differ by {gap:.1e} (relative)")
-        out = {"steps compared": len(a), "largest relative loss difference": gap, "copy, GB/s": gpu.copy_rate(seconds=1.)}
+        out = {"steps compared": len(a), "largest relative loss difference": gap, "copy, GB/s": measure.copy_rate(seconds=1.)}
         for size in (16, 128): out[f"batch {size}"] = at(size, root, clips[:videos // size * size], epochs, rounds)
     out["4 runs stacked, batch 16"] = stacks(4, rounds)
     out["16 small runs stacked (D = 32), batch 16"] = stacks(16, rounds, dim=32)

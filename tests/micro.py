@@ -16,8 +16,10 @@ from safetensors import safe_open
 
 from avvp_nb import runs
 from avvp_nb.core import file_hash, read_json
-from avvp_nb.data import Clips
-from avvp_nb.han import HAN
+from avvp_nb.data import sources
+from avvp_nb.data.clips import Clips
+from avvp_nb.methods import zoo
+from avvp_nb.methods.han import HAN
 
 torch.set_num_threads(1)
 SIZES = dict(classes=3, audio_dim=8, frame_dim=8, motion_dim=8, dim=16)  # of the toy network
@@ -46,7 +48,7 @@ def same_weights(a, b):
 
 # --- runs at a micro scale -------------------------------------------------------------------------------------------
 
-SCALE = runs.Scale(48, 16, 16, epochs=3, step=2)  # selects on the validation set, as the paper does
+SCALE = sources.Scale(48, 16, 16, epochs=3, step=2)  # selects on the validation set, as the paper does
 
 
 def _small(method):
@@ -57,8 +59,8 @@ def _small(method):
 
 def install(setitem=dict.__setitem__):
     "Add the scale `micro`, and shrink all networks to 32 dimensions; `monkeypatch.setitem` undoes it after a test"
-    setitem(runs.SCALES, "micro", SCALE)
-    for name, method in list(runs.METHODS.items()): setitem(runs.METHODS, name, _small(method))
+    setitem(sources.SCALES, "micro", SCALE)
+    for name, method in list(zoo.METHODS.items()): setitem(zoo.METHODS, name, _small(method))
 
 
 def essence(store, record):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avvp_nb import annotations as A
 from avvp_nb.core import CLASSES, InputError
+from avvp_nb.data import annotations as A
 
 TINY = Path(__file__).parent / "data" / "llp_tiny"
 CARD = Path(__file__).parents[1] / "data_cards" / "llp.md"

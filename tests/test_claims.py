@@ -9,13 +9,19 @@ import pandas as pd
 import pytest
 from test_reproduce import MARK, fill, record_of
 
-from avvp_nb import claims as C
 from avvp_nb.core import InputError, file_hash
-from avvp_nb.metrics import LEVELS, METRICS, RULES, evaluate
-from avvp_nb.rates import RATES, event_counts, rates_of_counts
-from avvp_nb.report import reported_lines
-from avvp_nb.reproduce import PRINTED_ONLY, TABLES, all_specs, by_experiment, system_of
-from avvp_nb.runs import DataSpec, Scale, Store
+from avvp_nb.counts import LEVELS, METRICS
+from avvp_nb.data.sources import DataSpec, Scale
+from avvp_nb.metrics import RULES, evaluate
+from avvp_nb.records.store import Store
+from avvp_nb.results import claims as C
+from avvp_nb.results import claims_page as P
+from avvp_nb.results import errata as E
+from avvp_nb.results import intervals as I
+from avvp_nb.results.plans import all_specs, by_experiment
+from avvp_nb.results.rates import RATES, event_counts, rates_of_counts
+from avvp_nb.results.reported import reported_lines
+from avvp_nb.results.rows import PRINTED_ONLY, TABLES, system_of
 
 NAN = float("nan")
 MAX = "H-pool-han-vs-max.seg.A"       # claim used as the plain example: attentive (left) beats max pooling (right)
@@ -79,10 +85,10 @@ def test_the_contradicted_lines_are_those_that_the_transcription_marks():
 
 @pytest.mark.parametrize("call, said", [
     (lambda: C.claims("x"), "paper: 'x'"), (lambda: C.claims("ma", "M-x"), "M-x: no such claim"),
-    (lambda: C.contradicts("more", 1.0), "expected: 'more'"), (lambda: C.seed_interval([1.0]), "expected at least two"),
-    (lambda: C.video_interval([1.0]), "1 videos"), (lambda: C.judge_claims([], "ma", "huge"), "scale: 'huge'"),
-    (lambda: C.judge_claims([], "x", "tiny"), "paper: 'x'"), (lambda: C.errata("x"), "paper: 'x'"),
-    (lambda: C.claims_table([], ["ma", "y"], "tiny"), "paper: 'y'")])
+    (lambda: C.contradicts("more", 1.0), "expected: 'more'"), (lambda: I.seed_interval([1.0]), "expected at least two"),
+    (lambda: I.video_interval([1.0]), "1 videos"), (lambda: C.judge_claims([], "ma", "huge"), "scale: 'huge'"),
+    (lambda: C.judge_claims([], "x", "tiny"), "paper: 'x'"), (lambda: E.errata("x"), "paper: 'x'"),
+    (lambda: P.claims_table([], ["ma", "y"], "tiny"), "paper: 'y'")])
 def test_wrong_names_and_too_little_data_are_refused(call, said):
     with pytest.raises(InputError, match=said): call()
 
@@ -90,22 +96,22 @@ def test_wrong_names_and_too_little_data_are_refused(call, said):
 # ---------------------------------------------------------------- intervals
 
 @pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (7, 2.36462), (20, 2.08596), (200, 1.97190)])
-def test_quantiles_of_students_t(df, t): assert C.t_quantile(0.95, df) == pytest.approx(t, abs=1e-4)
+def test_quantiles_of_students_t(df, t): assert I.t_quantile(0.95, df) == pytest.approx(t, abs=1e-4)
 
 
 def test_the_interval_over_seeds_is_paired():
     "Seeds that move both systems alike don't widen it"
     got = judged(pair(noise=0.0))
     assert (got["ours"], got["low"], got["high"]) == pytest.approx((2, 2, 2)) and got["interval"] == "seeds"
-    assert C.seed_interval([0.0, 4.0]) == pytest.approx((2, 2 - 12.7062 * 2, 2 + 12.7062 * 2), abs=1e-3)
+    assert I.seed_interval([0.0, 4.0]) == pytest.approx((2, 2 - 12.7062 * 2, 2 + 12.7062 * 2), abs=1e-3)
 
 
 def test_the_bootstrap_is_that_of_the_mean_and_repeatable():
     d = np.random.default_rng(0).normal(1, 20, 800)
-    mean, low, high = C.video_interval(d)
+    mean, low, high = I.video_interval(d)
     half = 1.96 * d.std() / 800**0.5
     assert mean == pytest.approx(d.mean(), abs=1e-4) and (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.15)
-    assert C.video_interval(d) == (mean, low, high) != C.video_interval(d, seed=1)
+    assert I.video_interval(d) == (mean, low, high) != I.video_interval(d, seed=1)
 
 
 # ---------------------------------------------------------------- verdicts
@@ -168,8 +174,8 @@ def test_what_cannot_be_tested_says_why(records, id, videos, why):
 def test_one_seed_falls_back_on_videos_and_says_so():
     got = judged(pair(seeds=(1,)), MAX, Same(1.5))
     assert (got["interval"], got["seeds"], got["ours"], got["verdict"]) == ("videos", 1, 1.5, C.REPRODUCED)
-    table = C.claims_table(pd.DataFrame([got]))
-    assert C.VIDEO_NOTE in table.notes and table.rows[0].source == "ours, simulated, tiny, 1 seed"
+    table = P.claims_table(pd.DataFrame([got]))
+    assert P.VIDEO_NOTE in table.notes and table.rows[0].source == "ours, simulated, tiny, 1 seed"
 
 
 def test_means_over_several_metrics():
@@ -246,7 +252,7 @@ def test_the_cost_claim_is_counted_and_needs_no_run():
     got = judged([], "C-tokens-cost.na.gflops")
     assert (got["printed"], got["verdict"], got["interval"], got["runs"]) == (41.7, C.REPRODUCED, "counted", ())
     assert 30 < got["low"] <= got["ours"] <= got["high"]
-    table = C.claims_table(pd.DataFrame([got]))
+    table = P.claims_table(pd.DataFrame([got]))
     assert table.rows[0].source == "counted on the networks" and table.mark == ""
 
 
@@ -262,7 +268,7 @@ def test_the_verdict_of_a_claim(verdicts, wanted): assert C.claim_verdict(verdic
 
 
 def test_the_summary_counts_every_claim_and_line(lines):
-    counts = C.summary(lines)
+    counts = P.summary(lines)
     assert counts.loc["lines"].to_numpy().sum() == len(lines) == len(C.claims())
     assert counts.loc["claims"].to_numpy().sum() == C.claims()["claim"].nunique()
     assert list(counts.columns) == list(C.VERDICTS) and list(counts.loc["lines"].index) == ["han", "ma", "dgm", "coleaf"]
@@ -270,7 +276,7 @@ def test_the_summary_counts_every_claim_and_line(lines):
 
 
 def test_the_table_of_claims(lines):
-    t = C.claims_table(lines, ["han", "ma"])
+    t = P.claims_table(lines, ["han", "ma"])
     frame = C.claim_rows(lines)
     assert [r.name for r in t.rows] == [c for c in frame.index if frame.loc[c, "paper"] in ("han", "ma")]
     row = next(r for r in t.rows if r.name == "M-refine")
@@ -279,7 +285,7 @@ def test_the_table_of_claims(lines):
     assert set(row.info["runs"]) == {k for ks in part["runs"] for k in ks} and "simulated" in row.source
     assert next(r for r in t.rows if r.name == "H-main-ave").mean["", "verdict"].startswith("not testable here (no system")
     assert t.provenance["simulated"] and set(row.info["runs"]) <= set(t.provenance["runs"]) and t.mark == MARK
-    assert "says nothing about LLP" in t.notes[0] and C.RULE_NOTE in t.notes
+    assert "says nothing about LLP" in t.notes[0] and P.RULE_NOTE in t.notes
 
 
 def test_records_of_other_scales_are_left_alone():
@@ -288,12 +294,12 @@ def test_records_of_other_scales_are_left_alone():
 
 
 def test_pictures(lines):
-    label = C.plot_verdicts(lines, "dgm").get_label()
+    label = P.plot_verdicts(lines, "dgm").get_label()
     assert label.startswith(f"Verdicts of {C.claims('dgm')['claim'].nunique()} claims")
-    assert "segment AV: printed -0.2" in C.plot_claim(lines, "H-pool-han-vs-max").get_label()
-    for call, said in ((lambda: C.plot_claim(lines, "x"), "x: no such claim"), (lambda: C.plot_verdicts(lines, "coleav"), "paper: 'coleav'")):
+    assert "segment AV: printed -0.2" in P.plot_claim(lines, "H-pool-han-vs-max").get_label()
+    for call, said in ((lambda: P.plot_claim(lines, "x"), "x: no such claim"), (lambda: P.plot_verdicts(lines, "coleav"), "paper: 'coleav'")):
         with pytest.raises(InputError, match=said): call()
-    C.plot_claim(C.judge_claims([], "han", "tiny"), "H-main-ave")      # a claim without any run of ours
+    P.plot_claim(C.judge_claims([], "han", "tiny"), "H-main-ave")      # a claim without any run of ours
 
 
 # ---------------------------------------------------------------- from a store
@@ -302,26 +308,28 @@ def test_the_page_and_the_command(tmp_path, capsys):
     store = Store(tmp_path / "store")
     fill(store, all_specs("ma", "tiny", (1, 2)))
     p = argparse.ArgumentParser()
-    C.add_arguments(p)
-    C.cmd_claims(p.parse_args(["ma", "--scale", "tiny", "--out", str(store.root)]))
+    P.add_arguments(p)
+    P.cmd_claims(p.parse_args(["ma", "--scale", "tiny", "--out", str(store.root)]))
     out = capsys.readouterr().out
     assert "**Claims of MA**" in out and "**Errors in the printed tables of ma**" in out
     saved = sorted(f.name for f in (store.root / "tables").glob("*.json"))
     assert saved == ["claims_ma_tiny_simulated.json", "errata_ma.json"]
     text = (store.root / "tables" / saved[0]).read_text()
     assert str(tmp_path) not in text and json.loads(text)["commit"] == ["abc"]
-    assert list(C.claims_page(store, scale="tiny")) == ["han", "ma", "dgm", "coleaf", "errata"]
+    assert list(P.claims_page(store, scale="tiny")) == ["han", "ma", "dgm", "coleaf", "errata"]
 
 
 def test_an_empty_store_gives_reasons_not_errors(tmp_path):
     lines = C.judge_claims(tmp_path / "nothing", "ma", "tiny")
     assert set(lines["verdict"]) == {X, U} and set(lines["seeds"]) == {0}
-    assert all(r.source == "no runs" for r in C.claims_table(lines).rows)
+    assert all(r.source == "no runs" for r in P.claims_table(lines).rows)
 
 
 def test_video_scores_are_those_of_the_stored_probabilities(tmp_path, monkeypatch):
     from avvp_nb import runs
-    monkeypatch.setitem(runs.SCALES, "tiny", Scale(4, 2, 12, 4, 3, "last"))
+    from avvp_nb.data import sources
+    from avvp_nb.records import scores as scoring
+    monkeypatch.setitem(sources.SCALES, "tiny", Scale(4, 2, 12, 4, 3, "last"))
     store, rng = Store(tmp_path), np.random.default_rng(0)
     test = runs.load_data(DataSpec(), "tiny")["test"]
     shape, records = test.dense_audio.shape, pair(seeds=(1,))
@@ -332,8 +340,8 @@ def test_video_scores_are_those_of_the_stored_probabilities(tmp_path, monkeypatc
         path.parent.mkdir(exist_ok=True)
         np.savez(path, **arrays)
         r["probabilities"] = {"file": path.name, "sha256": file_hash(path)}
-        r["metrics"]["han"] = runs.score(arrays, test)["han"]
-    videos = C.VideoScores(store, "tiny")
+        r["metrics"]["han"] = scoring.score(arrays, test)["han"]
+    videos = I.VideoScores(store, "tiny")
     assert videos(records[0]).shape == (12, 18)
     assert videos(records[0])["event", "V"].mean() == pytest.approx(records[0]["metrics"]["han"]["event"]["V"])
     gates = {"thresholds": [0.3] * 24 + [0.9], "modality": "visual", "rule": "han"}
@@ -352,14 +360,14 @@ def test_video_scores_are_those_of_the_stored_probabilities(tmp_path, monkeypatc
     pred = RULES["han"].decide(store.probabilities(records[0]))
     assert evaluate(*pred, test.dense_audio, test.dense_visual).loc["segment", "A"] == pytest.approx(a)
     store.probability_path(records[0]["key"]).unlink()
-    with pytest.raises(InputError, match="is missing or not the file"): C.VideoScores(store, "tiny")(records[0])
+    with pytest.raises(InputError, match="is missing or not the file"): I.VideoScores(store, "tiny")(records[0])
 
 
 # ---------------------------------------------------------------- errata
 
 def test_means_that_do_not_follow_from_their_parts():
     "The counts of the transcription's own README, computed anew"
-    checks = C.mean_checks(list(TABLES))
+    checks = E.mean_checks(list(TABLES))
     count = {(p, t, m): (int(g["error"].sum()), len(g)) for (p, t, m), g in checks.groupby(["paper", "table", "metric"])}
     assert {k[:2]: v for k, v in count.items() if k[2] == "Type@AV" and k[0] != "coleaf"} == {
         ("han", "1"): (0, 6), ("han", "2"): (0, 14), ("ma", "1"): (1, 8), ("ma", "2"): (1, 8), ("ma", "3"): (2, 3), ("ma", "4"): (3, 4),
@@ -373,7 +381,7 @@ def test_means_that_do_not_follow_from_their_parts():
 
 def test_gains_in_sentences_are_compared_with_the_tables():
     "Three sentences of CoLeaF do not fit, as the transcription found by other means; those of MA and DGM do"
-    wrong = C.text_gains(list(TABLES))
+    wrong = E.text_gains(list(TABLES))
     lines = reported_lines()
     marked = lines[(lines["table"] == "text") & lines["note"].str.contains("suspect")]
     assert sorted(wrong["off"].round(2)) == sorted((-1.0, 0.2, -0.11)) and len(wrong) == len(marked)
@@ -384,28 +392,28 @@ def test_gains_in_sentences_are_compared_with_the_tables():
 
 
 def test_other_remarks_of_the_transcription_are_listed():
-    found = C.remarked(list(TABLES))
+    found = E.remarked(list(TABLES))
     assert len(found) == 9 and set(found["paper"]) == {"coleaf"} and not found["arithmetic"].str.contains("breaks").any()
-    assert C.remarked(["han"]).empty and len(C.errata("han")) > 0
+    assert E.remarked(["han"]).empty and len(E.errata("han")) > 0
 
 
 def test_the_arithmetic_of_each_error_is_true():
-    for text in C.mean_checks(list(TABLES))["arithmetic"]:
+    for text in E.mean_checks(list(TABLES))["arithmetic"]:
         sum_, mean = text.split(",")[0].split(" = ")
         assert eval(sum_, {}) == pytest.approx(float(mean), abs=0.0051)
-    wrong = C.contradictions(list(TABLES))
+    wrong = E.contradictions(list(TABLES))
     for text, off in zip(wrong["arithmetic"], wrong["off"]):
         left, right = text.split(",")[0].split(" = ")
         assert eval(left, {}) == pytest.approx(float(right), abs=0.006) and float(right) == pytest.approx(off, abs=0.006)
 
 
 def test_disagreements_and_twins():
-    found = C.disagreements(list(TABLES))
+    found = E.disagreements(list(TABLES))
     assert set(found["row"]) == {"AVE", "MM-Pyramid", "CVCMS"} and (found["off"] > 0).all() and len(found) == 30
-    assert C.twins(list(TABLES))["row"].tolist() == ["HAN and MA baseline"]
+    assert E.twins(list(TABLES))["row"].tolist() == ["HAN and MA baseline"]
 
 
 def test_the_errata_hold_every_kind():
-    t = C.errata()
-    assert set(t.frame[("", "error")]) == set(C.ERRATA) and t.mark == ""
-    assert len(C.errata("coleaf")) > 0 and len(C.errata(["han"])) < len(t)
+    t = E.errata()
+    assert set(t.frame[("", "error")]) == set(E.ERRATA) and t.mark == ""
+    assert len(E.errata("coleaf")) > 0 and len(E.errata(["han"])) < len(t)

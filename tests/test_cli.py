@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from avvp_nb import cli, runs
-from avvp_nb import unav100 as U
 from avvp_nb.core import InputError, read_json
-from avvp_nb.features import is_store, layout_source, open_store
-from avvp_nb.pseudo import FOLDERS, label_clips, write_pseudo_layout
-from avvp_nb.runs import DataSpec, load_data
-from avvp_nb.simulate import simulate
+from avvp_nb.data import sources
+from avvp_nb.data import unav100 as U
+from avvp_nb.data import unav_features as UF
+from avvp_nb.data import unav_simulate as US
+from avvp_nb.data.features import layout_source
+from avvp_nb.data.packed import is_store, open_store
+from avvp_nb.data.pseudo import FOLDERS, label_clips, write_pseudo_layout
+from avvp_nb.data.simulate import simulate
+from avvp_nb.data.sources import DataSpec, load_data
 
 ARRAYS = ("audio", "frames", "motion")
 MARK = "simulated UnAV-100 v1 seed=3 world=7 embedded labels"
@@ -106,7 +110,7 @@ def test_the_same_seed_writes_the_same_files(written, shell, tmp_path):
 
 def feature(root, i=0, split="train", m="motion"):
     "A feature file of a simulated video"
-    return U.unav_file(root, U.unav_id(split, i), m)
+    return UF.unav_file(root, US.unav_id(split, i), m)
 
 
 def rows(path, n):
@@ -163,7 +167,7 @@ def edited(root, change):
 
 def test_every_bad_video_of_the_annotations_is_counted(unav, shell):
     "The loader stops at the first; the doctor goes on"
-    ids = [U.unav_id("train", k) for k in range(4)]
+    ids = [US.unav_id("train", k) for k in range(4)]
     def change(d):
         d[ids[0]]["annotations"][0]["segment"] = [1, 100]
         d[ids[1]]["annotations"][0] |= {"label": "dog barkin"}
@@ -179,13 +183,13 @@ def test_every_bad_video_of_the_annotations_is_counted(unav, shell):
     assert table(out)["?"] == dict(annotated=1, found=1, missing=0, broken=1, usable=0)
     status, _, err = shell("pack", unav, unav / "store", "--annotations", unav, "--dataset", "unav100")
     assert status == 2 and ids[0] in err                     # nothing is packed by annotations that have a defect
-    report = U.check_unav(unav, unav)
-    assert not report.ok and set(report.usable) == {U.unav_id(s, k) for s, n in zip(U.SUBSETS, (6, 3, 4)) for k in range(n)} - set(ids)
+    report = UF.check_unav(unav, unav)
+    assert not report.ok and set(report.usable) == {US.unav_id(s, k) for s, n in zip(U.SUBSETS, (6, 3, 4)) for k in range(n)} - set(ids)
 
 
 def test_what_occurs_twice_is_counted(unav, shell):
     "An id, and a field of a video"
-    text, twice, field = (unav / U.FILE).read_text(), U.unav_id("val", 1), U.unav_id("test", 0)
+    text, twice, field = (unav / U.FILE).read_text(), US.unav_id("val", 1), US.unav_id("test", 0)
     entry = json.dumps(json.loads(text)["database"][twice])
     text = text.replace(f'"{twice}": {entry}', f'"{twice}": {entry}, "{twice}": {entry}')
     (unav / U.FILE).write_text(text.replace('"subset": "test"', '"subset": "test", "subset": "test"', 1))
@@ -238,29 +242,29 @@ def test_a_store_without_some_videos_can_be_run(unav, shell, tmp_path):
     clips = load_data(DataSpec(str(unav), str(tmp_path / "store"), dataset="unav100"), "micro", tmp_path / "cache")
     assert [len(c) for c in clips.values()] == [5, 3, 4] and clips["train"].rows.tolist() == [0, 2, 3, 4, 5]
     annotations = U.load_unav(unav)
-    part = U.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 3, on_missing="drop")     # of those that are there
+    part = UF.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 3, on_missing="drop")     # of those that are there
     assert part.rows.tolist() == [0, 2, 3]
-    with pytest.raises(InputError, match="no features for 1 of 3 train videos"): U.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 3)
-    assert len(U.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 1)) == 1
+    with pytest.raises(InputError, match="no features for 1 of 3 train videos"): UF.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 3)
+    assert len(UF.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 1)) == 1
 
 
 def test_a_pack_that_is_killed_continues(unav, shell, tmp_path, monkeypatch):
     "Wherever it stops, nothing is there, and the same command finishes without reading again what is packed"
     store, reads = tmp_path / "store", []
     args = ["pack", unav, store, "--annotations", unav, "--dataset", "unav100"]
-    monkeypatch.setattr(U, "CHUNK", 4)
-    read = U._UnavPlan.read
-    monkeypatch.setattr(U._UnavPlan, "read", lambda plan, video: reads.append(video) or read(plan, video))
+    monkeypatch.setattr(UF, "CHUNK", 4)
+    read = UF._UnavPlan.read
+    monkeypatch.setattr(UF._UnavPlan, "read", lambda plan, video: reads.append(video) or read(plan, video))
     def stop(*a): raise KeyboardInterrupt
-    write = U._write_chunk
-    monkeypatch.setattr(U, "_write_chunk", lambda work, plan, start, videos: stop() if start == 8 else write(work, plan, start, videos))
+    write = UF._write_chunk
+    monkeypatch.setattr(UF, "_write_chunk", lambda work, plan, start, videos: stop() if start == 8 else write(work, plan, start, videos))
     assert shell(*args)[0] == 130 and not store.exists() and len(reads) == 12
-    monkeypatch.setattr(U, "_write_chunk", write)
+    monkeypatch.setattr(UF, "_write_chunk", write)
     with monkeypatch.context() as m:
-        m.setattr("avvp_nb.features.os.rename", stop)        # between the last byte and the name
+        m.setattr("avvp_nb.data.packed.os.rename", stop)        # between the last byte and the name
         assert shell(*args)[0] == 130 and not store.exists() and len(reads) == 12 + 5
     assert shell(*args)[0] == 0 and len(reads) == 17
-    whole = U.pack_unav(unav, tmp_path / "whole", U.load_unav(unav))
+    whole = UF.pack_unav(unav, tmp_path / "whole", U.load_unav(unav))
     assert open_store(store).verify().fingerprint == whole.fingerprint
     for k in ARRAYS: np.testing.assert_array_equal(open_store(store).arrays[k], whole.arrays[k])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["store", "unav", "whole"]
@@ -301,10 +305,10 @@ def test_real_annotations_are_never_written_over(shell, tmp_path, written):
 
 
 def test_profiles_are_as_large_as_the_scales():
-    for name, sizes in U.UNAV_PROFILES.items():
-        scale = runs.SCALES[name]
+    for name, sizes in US.UNAV_PROFILES.items():
+        scale = sources.SCALES[name]
         assert name == "full" or sizes == {"train": scale.train, "val": scale.val, "test": scale.test}
-    assert U.UNAV_PROFILES["full"] == U.SIZES and U.unav_sizes(None) == dict.fromkeys(U.SUBSETS)
+    assert US.UNAV_PROFILES["full"] == U.SIZES and US.unav_sizes(None) == dict.fromkeys(U.SUBSETS)
 
 
 # ---- LLP and its pseudo-labels -------------------------------------------------------------------------------

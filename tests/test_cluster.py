@@ -18,12 +18,17 @@ import micro
 import pytest
 import torch
 
-from avvp_nb import cluster, runs
-from avvp_nb.cluster import Outcome, Remote, create_once, expand, open_url, plan_tasks, pull, push, read_grid, sweep
 from avvp_nb.core import InputError, write_json
-from avvp_nb.reproduce import plan, with_first
-from avvp_nb.runs import RunSpec, Store, run
-from avvp_nb.stack import StackFailure
+from avvp_nb.data import sources
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.records.store import Store
+from avvp_nb.results import figures_ma
+from avvp_nb.results.plans import plan, with_first
+from avvp_nb.runs import sweep as cluster
+from avvp_nb.runs.remote import Remote, create_once, open_url, pull, push
+from avvp_nb.runs.single import run
+from avvp_nb.runs.stacked import StackFailure
+from avvp_nb.runs.sweep import Outcome, expand, plan_tasks, read_grid, sweep
 
 GRID = [{"method": "han", "options": {"temporal": ["none", "gru"]}, "scale": "micro", "seed": [1, 2], "epochs": 8},
         {"method": "ma", "options": {"refine": "audio"}, "scale": "micro", "epochs": 4}]          # needs its base model first
@@ -243,7 +248,7 @@ def test_a_url_gives_what_a_folder_gives(url, tmp_path, reference):
     assert [o.state for o in again] == ["recorded"] * N
     if url.startswith("file"): assert essences(tmp_path / "remote") == reference                   # the layout is that of a store
     refined = next(r for r in micro.records(tmp_path / "here").values() if r["first"])
-    assert runs.refinement_of(refined, Store(tmp_path / "here"))                                   # products travel as well
+    assert figures_ma.refinement_of(refined, Store(tmp_path / "here"))                                   # products travel as well
 
 
 def test_a_first_stage_that_another_machine_made_is_fetched(tmp_path, reference):
@@ -318,8 +323,8 @@ def test_a_worker_that_writes_elsewhere_is_noticed(tmp_path, monkeypatch):
 
 
 def test_a_scale_of_your_own_travels_with_the_task(tmp_path, monkeypatch):
-    monkeypatch.setitem(runs.SCALES, "own", runs.Scale(16, 8, 8, epochs=1))
-    monkeypatch.setattr(cluster, "work", lambda job, *args, work=cluster.work: (runs.SCALES.pop("own"), work(job, *args))[1])
+    monkeypatch.setitem(sources.SCALES, "own", sources.Scale(16, 8, 8, epochs=1))
+    monkeypatch.setattr(cluster, "work", lambda job, *args, work=cluster.work: (sources.SCALES.pop("own"), work(job, *args))[1])
     assert [o.state for o in sweep([RunSpec(scale="own")], tmp_path, device="cpu", progress="off")] == ["trained"]
 
 

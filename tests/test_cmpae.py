@@ -14,8 +14,10 @@ from test_han import VARIANTS, fill
 from torch import nn
 from torch.nn import functional as F
 
-from avvp_nb import cmpae
-from avvp_nb.cmpae import (
+from avvp_nb.core import CLASSES, InputError, read_json, shared, write_json
+from avvp_nb.data.clips import Batch
+from avvp_nb.methods import cmpae
+from avvp_nb.methods.cmpae import (
     CMPAE,
     LOSS,
     RECIPE,
@@ -25,27 +27,28 @@ from avvp_nb.cmpae import (
     ELUProjections,
     EvidenceHead,
     StepCB,
-    ThresholdsCB,
     belief,
-    check_thresholds,
     cmpae_keys,
     evidence,
     global_belief,
     hybrid_streams,
-    load_thresholds,
     mutual_loss,
     pool_logits,
+)
+from avvp_nb.methods.han import HybridAttention
+from avvp_nb.methods.jomold import DenoiseCB, contrastive, similarities
+from avvp_nb.methods.losses import bce
+from avvp_nb.methods.official import from_official, to_official
+from avvp_nb.metrics import CMPAE_SELECTED, RULES, evaluate, flat, select_thresholds
+from avvp_nb.train.callbacks import CheckpointCB, ValidateCB
+from avvp_nb.train.learner import Learner, predict, predict_both
+from avvp_nb.train.thresholds import (
+    ThresholdsCB,
+    check_thresholds,
+    load_thresholds,
     save_thresholds,
     search_thresholds,
 )
-from avvp_nb.core import CLASSES, InputError, read_json, shared, write_json
-from avvp_nb.data import Batch
-from avvp_nb.han import HybridAttention
-from avvp_nb.jomold import DenoiseCB, contrastive, similarities
-from avvp_nb.learner import CheckpointCB, Learner, ValidateCB, predict, predict_both
-from avvp_nb.losses import bce
-from avvp_nb.metrics import CMPAE_SELECTED, RULES, evaluate, flat, select_thresholds
-from avvp_nb.official import from_official, to_official
 
 STEP = {"step": 0}
 
@@ -483,7 +486,7 @@ def test_resumed_equals_uninterrupted(tmp_path, at):
         def after_backward(self, learner):
             if (learner.epoch, learner.i) == at: raise KeyboardInterrupt
     def go(turns, name):
-        return fit(turns, DenoiseCB([.4] * 3, [.5] * 3), ThresholdsCB(valid, epoch=1), CheckpointCB(tmp_path / name, "x"))
+        return fit(turns, DenoiseCB([.4] * 3, [.5] * 3), ThresholdsCB(valid, "cmpae", epoch=1), CheckpointCB(tmp_path / name, "x"))
     first, second, third = Stop(), Turns(), Turns()
     with pytest.raises(KeyboardInterrupt): go(first, "a.pt")
     resumed, whole = go(second, "a.pt"), go(third, "b.pt")
@@ -516,14 +519,14 @@ def test_published_setting_in_one_place():
 def test_search_uses_both_passes_of_the_model():
     valid, model = toy_clips(40, seed=1), fit(StepCB(), epochs=8).model
     with torch.no_grad(): model.layers[0].out_cross.weight.mul_(6)     # make the two passes disagree
-    got = search_thresholds(model, valid)
+    got = search_thresholds(model, valid, "cmpae")
     passes = [predict(model, valid, cross_attention=on) for on in (True, False)]
     want = select_thresholds(passes[0], valid.dense_audio, valid.dense_visual, without=passes[1])
     assert got.thresholds.tolist() == want.thresholds.tolist() and got.rule == want.rule
     np.testing.assert_allclose(got.curve, want.curve)
     alone = select_thresholds(passes[0], valid.dense_audio, valid.dense_visual)
     assert not np.allclose(got.curve, alone.curve)
-    assert search_thresholds(model, valid, modality="audio").rule.visual_gate == .45
+    assert search_thresholds(model, valid, "cmpae", modality="audio").rule.visual_gate == .45
     one = search_thresholds(model, valid, rule="jomold")
     np.testing.assert_allclose(one.curve, select_thresholds(passes[0], valid.dense_audio, valid.dense_visual, rule=RULES["jomold"]).curve)
 
@@ -532,7 +535,7 @@ def test_padded_videos_are_searched_like_unpadded_ones():
     valid, model = toy_clips(30, seed=1), fit(StepCB(), epochs=3).model
     pad = lambda x: np.pad(x, ((0, 0), (0, 2), (0, 0)))
     longer = replace(valid, **{k: pad(getattr(valid, k)) for k in ("audio", "frames", "motion", "dense_audio", "dense_visual")}, lengths=np.full(30, 5))
-    np.testing.assert_array_equal(search_thresholds(model, longer).thresholds, search_thresholds(model, valid).thresholds)
+    np.testing.assert_array_equal(search_thresholds(model, longer, "cmpae").thresholds, search_thresholds(model, valid, "cmpae").thresholds)
     mixed = replace(longer, lengths=np.where(np.arange(30) % 2, 7, 5))          # a batch with padding: the mask is used
     for p, on in zip(predict_both(model, mixed), (True, False)):
         np.testing.assert_allclose(p.audio[::2], predict(model, valid, cross_attention=on).audio[::2], rtol=1e-5)
@@ -543,9 +546,9 @@ def test_thresholds_are_those_of_the_state_of_that_epoch(epochs, at, state):
     valid = toy_clips(30, seed=1)
     class Keep(StepCB):
         def after_epoch(self, learner):
-            if learner.epoch == min(at, epochs): self.found = search_thresholds(learner.model, valid).thresholds.tolist()
+            if learner.epoch == min(at, epochs): self.found = search_thresholds(learner.model, valid, "cmpae").thresholds.tolist()
     keep = Keep()
-    history = fit(keep, ThresholdsCB(valid, epoch=at), epochs=epochs).history
+    history = fit(keep, ThresholdsCB(valid, "cmpae", epoch=at), epochs=epochs).history
     assert [i + 1 for i, h in enumerate(history) if "thresholds" in h] == [min(at, epochs)]
     log = history[min(at, epochs) - 1]["thresholds"]
     assert log == {"rule": "cmpae", "state": state, "modality": "visual", "thresholds": keep.found}
@@ -553,7 +556,7 @@ def test_thresholds_are_those_of_the_state_of_that_epoch(epochs, at, state):
 
 
 def test_looking_for_thresholds_does_not_change_training():
-    assert same_weights(fit(StepCB(), ThresholdsCB(toy_clips(20, seed=1), epoch=1)).model, fit(StepCB()).model)
+    assert same_weights(fit(StepCB(), ThresholdsCB(toy_clips(20, seed=1), "cmpae", epoch=1)).model, fit(StepCB()).model)
 
 
 def test_thresholds_keep_their_classes(tmp_path):
@@ -616,12 +619,12 @@ def test_a_file_that_is_none(tmp_path, content, said):
     (lambda: CMPAELoss(temperature=0.), "temperature: 0.0 is not possible"),
     (lambda: fit(epochs=1), "train with the callback `StepCB()`"),
     (lambda: toy()(*(v[:, :n] for v, n in zip(drawn(T=5, per_second=2), (5, 9, 5)))), "frames: 9 frames for 5 seconds"),
-    (lambda: ThresholdsCB(None), "there are no dense validation labels"),
-    (lambda: ThresholdsCB(toy_clips(4)[:0]), "there are no dense validation labels"),
-    (lambda: ThresholdsCB(replace(toy_clips(4), dense_audio=None, dense_visual=None)), "there are no dense validation labels"),
+    (lambda: ThresholdsCB(None, "cmpae"), "there are no dense validation labels"),
+    (lambda: ThresholdsCB(toy_clips(4)[:0], "cmpae"), "there are no dense validation labels"),
+    (lambda: ThresholdsCB(replace(toy_clips(4), dense_audio=None, dense_visual=None), "cmpae"), "there are no dense validation labels"),
     (lambda: ThresholdsCB(toy_clips(4), rule="hna"), "did you mean 'han'?"),
-    (lambda: ThresholdsCB(toy_clips(4), modality="sound"), "modality: 'sound' is not possible"),
-    (lambda: ThresholdsCB(toy_clips(4), epoch=0), "epoch: 0 is not possible"),
+    (lambda: ThresholdsCB(toy_clips(4), "cmpae", modality="sound"), "modality: 'sound' is not possible"),
+    (lambda: ThresholdsCB(toy_clips(4), "cmpae", epoch=0), "epoch: 0 is not possible"),
     (lambda: search_thresholds(toy(), toy_clips(4), rule="hna"), "did you mean 'han'?"),
     (lambda: check_thresholds(CMPAE_SELECTED, CLASSES, CLASSES[::-1]), "class 0 is 'Speech'. expected 'Clapping'"),
     (lambda: check_thresholds([.1, .2], ["a", "b"], ["a", "c"]), "class 1 is 'b'. expected 'c'. select them on the validation videos"),

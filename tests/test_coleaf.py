@@ -14,8 +14,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from avvp_nb.cmpae import CMPAE, CMPAELoss, StepCB
-from avvp_nb.coleaf import (
+from avvp_nb.core import InputError, Parsing, read_json, shared
+from avvp_nb.data.clips import Batch, Clips
+from avvp_nb.methods.cmpae import CMPAE, CMPAELoss, StepCB
+from avvp_nb.methods.coleaf import (
     ANCHOR_LOSSES,
     NCE,
     OFFICIAL,
@@ -52,15 +54,14 @@ from avvp_nb.coleaf import (
     reference_keys,
     reference_loss,
 )
-from avvp_nb.core import InputError, Parsing, read_json, shared
-from avvp_nb.data import Batch, Clips
-from avvp_nb.han import HAN, pooled_frames
-from avvp_nb.jomold import DenoiseCB, JoMoLD, JoMoLDLoss
-from avvp_nb.learner import Callback, CheckpointCB, Learner, NotFiniteError, ValidateCB, predict
-from avvp_nb.losses import GuidedLoss, bce
-from avvp_nb.ma import MALoss
+from avvp_nb.methods.han import HAN, pooled_frames
+from avvp_nb.methods.jomold import DenoiseCB, JoMoLD, JoMoLDLoss
+from avvp_nb.methods.losses import GuidedLoss, bce
+from avvp_nb.methods.ma import MALoss
+from avvp_nb.methods.official import from_official, to_official
 from avvp_nb.metrics import RULES
-from avvp_nb.official import from_official, to_official
+from avvp_nb.train.callbacks import CheckpointCB, ValidateCB
+from avvp_nb.train.learner import Callback, Learner, NotFiniteError, predict
 
 NETWORKS = {"coleaf": "coleaf_anchor", "coleaf_audio": "coleaf_self_audio", "coleaf_visual": "coleaf_self_video"}
 MODALITY = {"audio": "audio", "visual": "video"}                  # our name: that of the cases

@@ -6,10 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from avvp_nb.cmpae import CMPAE, LOSS
-from avvp_nb.coleaf import Reference, build_coleaf
 from avvp_nb.core import InputError
-from avvp_nb.cost import (
+from avvp_nb.methods.cmpae import CMPAE, LOSS
+from avvp_nb.methods.coleaf import Reference, build_coleaf
+from avvp_nb.methods.han import HAN, TEMPORAL
+from avvp_nb.methods.jomold import JoMoLD, NoiseEstimator
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.results.cost import (
     SIZES,
     attention_flops,
     blank,
@@ -30,10 +33,7 @@ from avvp_nb.cost import (
     token_overhead,
     training_costs,
 )
-from avvp_nb.han import HAN, TEMPORAL
-from avvp_nb.jomold import JoMoLD, NoiseEstimator
-from avvp_nb.learner import Learner
-from avvp_nb.losses import GuidedLoss
+from avvp_nb.train.learner import Learner
 
 TINY = dict(classes=25, **SIZES, dim=64)
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avvp_nb import data as D
-from avvp_nb import features as F
-from avvp_nb.annotations import load_annotations, modality_shares
 from avvp_nb.core import InputError
+from avvp_nb.data import clips as D
+from avvp_nb.data import features as F
+from avvp_nb.data import packed as K
+from avvp_nb.data.annotations import load_annotations, modality_shares
 
 TINY = Path(__file__).parent / "data" / "llp_tiny"
 SMALL = {"audio": F.FeatureSet("vggish", 4), "frames": F.FeatureSet("res152", 6, 8), "motion": F.FeatureSet("r2plus1d_18", 5)}
@@ -33,7 +34,7 @@ def tiny(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {k: rng.random((len(a.video_ids), 10 * s.per_second, s.dim), dtype=np.float32) for k, s in F.FEATURE_SETS.items()}
     F.write_layout(arrays, tmp_path / "feats", ids=a.video_ids, source={"simulated": True, "mark": "random numbers"})
-    return a, arrays, tmp_path, F.pack(tmp_path, tmp_path / "store", a, dtype="float32")
+    return a, arrays, tmp_path, K.pack(tmp_path, tmp_path / "store", a, dtype="float32")
 
 
 # ---------------------------------------------------------------- batches
@@ -190,7 +191,7 @@ def test_join_stays_mapped_and_any_order_works(tiny):
     assert isinstance(D.load_clips(a, store, "val").audio, np.memmap)
     train, val, test = (a[s].video_ids for s in a)
     woven = [test[0], val[0], *test[1:], *train, val[1]]  # rows of a split in order, with others between them
-    shuffled, woven = (F.pack(root, root / n, ids, dtype="float32") for n, ids in (("shuffled", a.video_ids[::-1]), ("woven", woven)))
+    shuffled, woven = (K.pack(root, root / n, ids, dtype="float32") for n, ids in (("shuffled", a.video_ids[::-1]), ("woven", woven)))
     for split, other in [(s, o) for s in a for o in (shuffled, woven)]:
         one, two = (D.load_clips(a, s, split) for s in (store, other))
         assert (one.frames == two.frames).all() and one.ids == two.ids
@@ -201,7 +202,7 @@ def test_join_stays_mapped_and_any_order_works(tiny):
 
 def test_join_missing_videos(tiny):
     a, _, root, _ = tiny
-    partial = F.pack(root, root / "partial", [i for i in a.video_ids if i != "hTinyTest_2"])
+    partial = K.pack(root, root / "partial", [i for i in a.video_ids if i != "hTinyTest_2"])
     with pytest.raises(InputError, match="no features for 1 of 3 test videos .hTinyTest_2_10_20."):
         D.load_clips(a, partial, "test")
     clips = D.load_clips(a, partial, "test", on_missing="drop")
@@ -211,7 +212,7 @@ def test_join_missing_videos(tiny):
     with pytest.raises(InputError, match="missing"):
         D.load_clips(a, root, "test")
     assert D.load_clips(a, root, "test", on_missing="drop").rows.tolist() == [1, 2]
-    none = F.pack(root, root / "none", a["train"].video_ids)
+    none = K.pack(root, root / "none", a["train"].video_ids)
     with pytest.raises(InputError, match="no features for 3 of 3"):
         D.load_clips(a, none, "test", on_missing="drop")
 
@@ -244,7 +245,7 @@ def test_fingerprint_tells_labels_and_features_apart(tiny, tmp_path):
     path = tmp_path / "llp" / "AVVP_train.csv"
     path.write_text(path.read_text().replace("Singing,Banjo", "Banjo"))
     other = load_annotations(tmp_path / "llp")
-    prints = {D.load_clips(x, f, "train").source["fingerprint"] for x in (a, other) for f in (store, F.pack(root, root / "half", a))}
+    prints = {D.load_clips(x, f, "train").source["fingerprint"] for x in (a, other) for f in (store, K.pack(root, root / "half", a))}
     assert len(prints) == 4
     assert D.load_clips(a, store, "train").source["fingerprint"] == D.load_clips(a, root / "store", "train").source["fingerprint"]
 
@@ -271,7 +272,7 @@ def test_real_modality_labels(llp):
 
 
 def test_reexports():
-    from avvp_nb import annotations
+    from avvp_nb.data import annotations
     assert D.load_annotations is annotations.load_annotations
-    assert (D.doctor, D.pack, D.open_store, D.load_layout) == (F.doctor, F.pack, F.open_store, F.load_layout)
+    assert (D.doctor, D.pack, K.open_store, K.load_layout) == (F.doctor, K.pack, K.open_store, K.load_layout)
     assert {"load_annotations", "doctor", "pack", "open_store", "load_clips", "Clips", "Batch"} <= set(D.__all__)

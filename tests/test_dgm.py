@@ -12,7 +12,7 @@ from micro import SIZES, same_weights, toy_clips, toy_han
 from torch import nn
 
 from avvp_nb.core import InputError
-from avvp_nb.dgm import (
+from avvp_nb.methods.dgm import (
     DGM,
     MEASURES,
     MSDU,
@@ -25,11 +25,13 @@ from avvp_nb.dgm import (
     imbalance,
     noisy,
 )
-from avvp_nb.han import HAN
-from avvp_nb.learner import Callback, CheckpointCB, Learner, batches, predict
-from avvp_nb.losses import GuidedLoss
+from avvp_nb.methods.han import HAN
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.methods.method import METHODS
 from avvp_nb.metrics import RULES
-from avvp_nb.runs import METHODS, RunSpec
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.train.callbacks import CheckpointCB
+from avvp_nb.train.learner import Callback, Learner, batches, predict
 
 LOSS = MSDULoss(GuidedLoss())
 CLIPS = toy_clips(48, noise=(3., .2))                       # vision is easy, sound is noisy
@@ -444,7 +446,7 @@ def test_split_does_not_change_what_the_network_says():
 
 def test_worked_example_d_split():
     "spec 11 (d): loss = w 2 (audio) + w 3 (visual)"
-    from avvp_nb.dgm import scale_gradient
+    from avvp_nb.methods.dgm import scale_gradient
     w, coef = torch.ones(1, requires_grad=True), torch.ones(2)
     loss = scale_gradient(w, coef[0]) * 2 + scale_gradient(w, coef[1]) * 3
     coef[1] = .802625

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avvp_nb import features as F
 from avvp_nb.core import InputError, file_hash
+from avvp_nb.data import features as F
+from avvp_nb.data import packed as K
 
 SMALL = {"audio": F.FeatureSet("vggish", 4), "frames": F.FeatureSet("res152", 6, 8), "motion": F.FeatureSet("r2plus1d_18", 5)}
 SIM = {"simulated": True, "mark": "random numbers"}
@@ -86,7 +87,7 @@ def test_pooled_frames_are_written_as_equal_rows(tmp_path):
     _, arrays = make(tmp_path / "a", n=2)
     pooled = {**arrays, "frames": F.pool_frames(arrays["frames"])}
     F.write_layout(pooled, tmp_path / "b", ids=ids_of(2), source=SIM, sets=SMALL)
-    store = F.load_layout(tmp_path / "b", ids_of(2), sets=SMALL)
+    store = K.load_layout(tmp_path / "b", ids_of(2), sets=SMALL)
     assert (store.frames == pooled["frames"]).all()
 
 
@@ -101,10 +102,10 @@ def test_simulated_features_cannot_join_real_ones(layout):
 
 def test_mark_travels_from_layout_to_store(tmp_path):
     ids, _ = make(tmp_path / "feats", source={**SIM, "split": "train", "world": 7})
-    store = F.pack(tmp_path, tmp_path / "store", ids, sets=SMALL)
+    store = K.pack(tmp_path, tmp_path / "store", ids, sets=SMALL)
     assert store.source == {**SIM, "world": 7}
-    assert F.open_store(tmp_path / "store").source["mark"] == "random numbers" and "random numbers" in repr(store)
-    assert F.load_layout(tmp_path, ids, sets=SMALL).source == store.source
+    assert K.open_store(tmp_path / "store").source["mark"] == "random numbers" and "random numbers" in repr(store)
+    assert K.load_layout(tmp_path, ids, sets=SMALL).source == store.source
 
 
 def test_no_layout(tmp_path):
@@ -119,7 +120,7 @@ def test_damaged_source_file(layout):
     root, ids, _ = layout
     (root / "feats" / F.SOURCE_FILE).write_text("[]")
     with pytest.raises(InputError, match="is not a JSON object"):
-        F.pack(root, root / "store", ids, sets=SMALL)
+        K.pack(root, root / "store", ids, sets=SMALL)
 
 
 # ---------------------------------------------------------------- the doctor
@@ -160,9 +161,9 @@ def test_doctor_finds_and_pack_refuses(layout, how):
         report.raise_if_bad()
     assert str(e.value.where) == str(path) and e.value.fix
     with pytest.raises(InputError) as e:
-        F.pack(root, root / "store", ids, sets=SMALL)
+        K.pack(root, root / "store", ids, sets=SMALL)
     assert str(e.value.where) == str(path)
-    assert not F.is_store(root / "store") and not (root / "store").exists()
+    assert not K.is_store(root / "store") and not (root / "store").exists()
     assert not (root / "pwned").exists()
 
 
@@ -186,7 +187,7 @@ def test_doctor_missing_folder_lists_every_file(layout):
     report = F.doctor(root, ids, sets=SMALL)
     assert report.summary().loc["motion", "missing"] == 10 and report.usable == []
     with pytest.raises(InputError, match="0 of 10"):
-        F.pack(root, root / "store", ids, sets=SMALL, on_missing="drop")
+        K.pack(root, root / "store", ids, sets=SMALL, on_missing="drop")
 
 
 def test_doctor_repeated_and_no_ids(layout):
@@ -199,7 +200,7 @@ def test_doctor_repeated_and_no_ids(layout):
 
 def test_other_lengths(tmp_path):
     ids, arrays = make(tmp_path, n=4, t=7)
-    store = F.pack(tmp_path, tmp_path / "s", ids, sets=SMALL, dtype="float32")
+    store = K.pack(tmp_path, tmp_path / "s", ids, sets=SMALL, dtype="float32")
     assert store.audio.shape == (4, 7, 4) and store.manifest["seconds"] == 7
     assert F.doctor(tmp_path, ids, seconds=10, sets=SMALL).usable == []
 
@@ -211,7 +212,7 @@ def test_other_lengths(tmp_path):
 def test_pack_holds_the_features(layout, dtype, frames):
     root, ids, arrays = layout
     order = ids[::-1]
-    store = F.pack(root, root / "store", order, dtype=dtype, frames=frames, sets=SMALL)
+    store = K.pack(root, root / "store", order, dtype=dtype, frames=frames, sets=SMALL)
     want = {**arrays, "frames": F.pool_frames(arrays["frames"]) if frames == "pooled" else arrays["frames"]}
     for k, x in want.items():
         assert (store.arrays[k] == x[::-1].astype(dtype)).all() and store.arrays[k].dtype == dtype
@@ -219,43 +220,43 @@ def test_pack_holds_the_features(layout, dtype, frames):
         assert store.manifest["arrays"][k]["sha256"] == file_hash(root / "store" / f"{k}.npy")
     assert store.ids == order and len(store) == 10
     assert store.find([ids[2] + "_1_11", "nobody"]).tolist() == [7, -1]
-    assert isinstance(F.open_store(root / "store", mmap=False).audio, np.ndarray)
+    assert isinstance(K.open_store(root / "store", mmap=False).audio, np.ndarray)
     assert sorted(p.name for p in (root / "store").iterdir()) == ["audio.npy", "frames.npy", "manifest.json", "motion.npy"]
     assert store.verify() is store
-    memory = F.load_layout(root, order, dtype=dtype, frames=frames, sets=SMALL)
+    memory = K.load_layout(root, order, dtype=dtype, frames=frames, sets=SMALL)
     assert (memory.frames == store.frames).all() and memory.fingerprint == store.fingerprint
 
 
 def test_pack_bytes_do_not_depend_on_threads_or_chunks(layout, monkeypatch):
     root, ids, _ = layout
-    F.pack(root, root / "one", ids, workers=1, sets=SMALL)
-    monkeypatch.setattr(F, "CHUNK", 3)
-    F.pack(root, root / "two", ids, workers=7, sets=SMALL)
+    K.pack(root, root / "one", ids, workers=1, sets=SMALL)
+    monkeypatch.setattr(K, "CHUNK", 3)
+    K.pack(root, root / "two", ids, workers=7, sets=SMALL)
     assert snapshot(root / "one") == snapshot(root / "two")
 
 
 def test_pack_again_is_free_and_other_packs_are_refused(layout):
     root, ids, _ = layout
-    F.pack(root, root / "store", ids, sets=SMALL)
+    K.pack(root, root / "store", ids, sets=SMALL)
     before = snapshot(root / "store")
-    assert F.pack(root, root / "store", ids, sets=SMALL).ids == ids
+    assert K.pack(root, root / "store", ids, sets=SMALL).ids == ids
     for other in (dict(ids=ids[:5]), dict(ids=ids[::-1]), dict(ids=ids, dtype="float32"), dict(ids=ids, frames="full")):
         with pytest.raises(InputError, match="holds a different pack"):
-            F.pack(root, root / "store", sets=SMALL, **other)
+            K.pack(root, root / "store", sets=SMALL, **other)
     assert snapshot(root / "store") == before
-    assert len(F.pack(root, root / "store", ids[:5], sets=SMALL, overwrite=True)) == 5
+    assert len(K.pack(root, root / "store", ids[:5], sets=SMALL, overwrite=True)) == 5
     assert [p.name for p in root.iterdir() if p.name.startswith(".")] == []
 
 
 def test_changed_source_file_is_a_different_pack(layout):
     root, ids, _ = layout
-    F.pack(root, root / "store", ids, sets=SMALL)
+    K.pack(root, root / "store", ids, sets=SMALL)
     path = root / "feats" / "vggish" / f"{ids[0]}.npy"
     x = np.load(path)
     np.save(path, x + 1)
     os.utime(path, ns=(0, 0))
     with pytest.raises(InputError, match="different pack"):
-        F.pack(root, root / "store", ids, sets=SMALL)
+        K.pack(root, root / "store", ids, sets=SMALL)
 
 
 def test_pack_never_touches_other_folders(layout):
@@ -264,28 +265,28 @@ def test_pack_never_touches_other_folders(layout):
     (root / "mine" / "thesis.tex").write_text("x")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="is not a feature store"):
-            F.pack(root, root / "mine", ids, sets=SMALL, overwrite=overwrite)
+            K.pack(root, root / "mine", ids, sets=SMALL, overwrite=overwrite)
     assert (root / "mine" / "thesis.tex").read_text() == "x"
     (root / "empty").mkdir()
-    assert len(F.pack(root, root / "empty", ids, sets=SMALL)) == 10
+    assert len(K.pack(root, root / "empty", ids, sets=SMALL)) == 10
 
 
 def test_drop_records_what_was_left_out(layout):
     root, ids, _ = layout
     spoil(root, ids, "truncated")
     (root / "feats" / "res152" / f"{ids[4]}.npy").unlink()
-    store = F.pack(root, root / "store", ids, sets=SMALL, on_missing="drop")
+    store = K.pack(root, root / "store", ids, sets=SMALL, on_missing="drop")
     assert store.ids == [i for i in ids if i not in (ids[0], ids[4])]
     assert store.manifest["dropped"] == {ids[0]: "audio: truncated", ids[4]: "frames: missing"}
 
 
 def test_annotations_can_be_packed_whole(tmp_path):
-    from avvp_nb.annotations import load_annotations
+    from avvp_nb.data.annotations import load_annotations
     a = load_annotations(Path(__file__).parent / "data" / "llp_tiny")
     n = len(a.video_ids)
     arrays = {k: np.ones((n, 10 * s.per_second, s.dim), np.float32) for k, s in SMALL.items()}
     F.write_layout(arrays, tmp_path, ids=a.video_ids, source=SIM, sets=SMALL)
-    assert F.pack(tmp_path, tmp_path / "s", a, sets=SMALL).ids == a.video_ids
+    assert K.pack(tmp_path, tmp_path / "s", a, sets=SMALL).ids == a.video_ids
 
 
 def test_float16_overflow_and_nan(layout):
@@ -295,22 +296,22 @@ def test_float16_overflow_and_nan(layout):
     x[0, 0] = 1e6
     np.save(path, x)
     with pytest.raises(InputError, match="does not fit in float16.*float32"):
-        F.pack(root, root / "s16", ids, sets=SMALL)
-    assert F.pack(root, root / "s32", ids, sets=SMALL, dtype="float32").audio[0, 0, 0] == 1e6
+        K.pack(root, root / "s16", ids, sets=SMALL)
+    assert K.pack(root, root / "s32", ids, sets=SMALL, dtype="float32").audio[0, 0, 0] == 1e6
 
 
 @pytest.mark.parametrize("name,value", [("dtype", "float64"), ("frames", "mean"), ("on_missing", "skip")])
 def test_wrong_options(layout, name, value):
     root, ids, _ = layout
     with pytest.raises(InputError, match=f"{name}: '{value}' is not possible"):
-        F.pack(root, root / "s", ids, sets=SMALL, **{name: value})
+        K.pack(root, root / "s", ids, sets=SMALL, **{name: value})
 
 
 # ---------------------------------------------------------------- interruption
 
 CHILD = """
 import sys, time
-from avvp_nb import features as F
+from avvp_nb.data import packed as F
 sys.path.insert(0, {tests!r})
 from test_features import SMALL, ids_of
 F.CHUNK = 5
@@ -345,28 +346,28 @@ def test_kill_and_resume_gives_identical_bytes(tmp_path, monkeypatch):
         child.send_signal(signal.SIGKILL)
         child.wait()
         with pytest.raises(InputError, match="packing was not finished"):
-            F.open_store(out)
-    done, reads, read = F._journal(work)["audio"], [], F.read_video
-    monkeypatch.setattr(F, "read_video", lambda layout, video, *rest: (reads.append(video), read(layout, video, *rest))[1])
-    F.pack(tmp_path, out, ids, sets=SMALL)
+            K.open_store(out)
+    done, reads, read = K._journal(work)["audio"], [], K.read_video
+    monkeypatch.setattr(K, "read_video", lambda layout, video, *rest: (reads.append(video), read(layout, video, *rest))[1])
+    K.pack(tmp_path, out, ids, sets=SMALL)
     assert 25 <= len(done) < 60 and sorted(reads) == sorted(ids[len(done):])
-    F.pack(tmp_path, tmp_path / "calm", ids, sets=SMALL)
+    K.pack(tmp_path, tmp_path / "calm", ids, sets=SMALL)
     assert snapshot(out) == snapshot(tmp_path / "calm")
     assert [p.name for p in out.parent.iterdir()] == ["store"]
 
 
 def interrupted(root, ids, monkeypatch, after):
     "Stop packing with an exception in chunk `after`"
-    write, count = F._write_chunk, iter(range(99))
+    write, count = K._write_chunk, iter(range(99))
 
     def stop(*args):
         if next(count) == after: raise KeyboardInterrupt
         write(*args)
-    monkeypatch.setattr(F, "CHUNK", 3)
-    monkeypatch.setattr(F, "_write_chunk", stop)
+    monkeypatch.setattr(K, "CHUNK", 3)
+    monkeypatch.setattr(K, "_write_chunk", stop)
     with pytest.raises(KeyboardInterrupt):
-        F.pack(root, root / "store", ids, sets=SMALL)
-    monkeypatch.setattr(F, "_write_chunk", write)
+        K.pack(root, root / "store", ids, sets=SMALL)
+    monkeypatch.setattr(K, "_write_chunk", write)
 
 
 def test_half_written_journal_line_is_ignored(layout, monkeypatch):
@@ -375,17 +376,17 @@ def test_half_written_journal_line_is_ignored(layout, monkeypatch):
     work = root / ".store.packing"
     with open(work / "journal", "a") as f:
         f.write("abc,def")
-    assert len(F._journal(work)["audio"]) == 6
-    F.pack(root, root / "store", ids, sets=SMALL)
-    F.pack(root, root / "calm", ids, sets=SMALL)
+    assert len(K._journal(work)["audio"]) == 6
+    K.pack(root, root / "store", ids, sets=SMALL)
+    K.pack(root, root / "calm", ids, sets=SMALL)
     assert snapshot(root / "store") == snapshot(root / "calm")
 
 
 def test_unfinished_pack_of_other_videos_is_started_anew(layout, monkeypatch):
     root, ids, _ = layout
     interrupted(root, ids, monkeypatch, after=1)
-    F.pack(root, root / "store", ids[::-1], sets=SMALL)
-    F.pack(root, root / "calm", ids[::-1], sets=SMALL)
+    K.pack(root, root / "store", ids[::-1], sets=SMALL)
+    K.pack(root, root / "calm", ids[::-1], sets=SMALL)
     assert snapshot(root / "store") == snapshot(root / "calm")
 
 
@@ -396,13 +397,13 @@ def test_kill_before_the_first_chunk_or_at_the_very_end(layout, monkeypatch, lef
     if left == "nothing": work.mkdir()
     elif left == "arrays": work.mkdir(); (work / "audio.npy").write_bytes(b"half")
     else:
-        monkeypatch.setattr(F.os, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(K.os, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            F.pack(root, root / "store", ids, sets=SMALL)
+            K.pack(root, root / "store", ids, sets=SMALL)
         monkeypatch.undo()
         assert not (work / "journal").exists() and (work / "manifest.json").exists()
-    F.pack(root, root / "store", ids, sets=SMALL)
-    F.pack(root, root / "calm", ids, sets=SMALL)
+    K.pack(root, root / "store", ids, sets=SMALL)
+    K.pack(root, root / "calm", ids, sets=SMALL)
     assert snapshot(root / "store") == snapshot(root / "calm") and not work.exists()
 
 
@@ -413,7 +414,7 @@ def test_two_processes_cannot_pack_the_same_store(tmp_path):
     try:
         wait_for_journal(tmp_path / ".store.packing", 1, child)
         with pytest.raises(InputError, match="another process is packing"):
-            F.pack(tmp_path, tmp_path / "store", ids, sets=SMALL)
+            K.pack(tmp_path, tmp_path / "store", ids, sets=SMALL)
     finally:
         child.kill()
         child.wait()
@@ -423,15 +424,15 @@ def test_two_processes_cannot_pack_the_same_store(tmp_path):
 
 def test_full_disk_is_seen_before_reading(layout, monkeypatch):
     root, ids, _ = layout
-    monkeypatch.setattr(F.shutil, "disk_usage", lambda p: SimpleNamespace(free=10))
+    monkeypatch.setattr(K.shutil, "disk_usage", lambda p: SimpleNamespace(free=10))
     with pytest.raises(InputError, match="GB needed") as e:
-        F.pack(root, root / "store", ids, sets=SMALL)
+        K.pack(root, root / "store", ids, sets=SMALL)
     assert "free some space" in e.value.fix and not (root / "store").exists()
 
 
 LIMITED = """
 import resource, sys
-from avvp_nb import features as F
+from avvp_nb.data import packed as F
 sys.path.insert(0, {tests!r})
 from test_features import SMALL, ids_of
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -444,29 +445,29 @@ except F.InputError as e: print("refused:", e)
 def test_disk_fills_up_while_packing(layout):
     "A file size limit in a child process makes a real write fail; the old store stays, and packing goes on later"
     root, ids, _ = layout
-    F.pack(root, root / "store", ids[:2], sets=SMALL)
+    K.pack(root, root / "store", ids[:2], sets=SMALL)
     before = snapshot(root / "store")
     code = LIMITED.format(tests=str(Path(__file__).parent), root=str(root), out=str(root / "store"))
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.stdout.startswith("refused: ") and "could not be written" in child.stdout and "intact" in child.stdout, child.stderr
     assert snapshot(root / "store") == before
-    assert len(F.pack(root, root / "store", ids, sets=SMALL, overwrite=True)) == 10
+    assert len(K.pack(root, root / "store", ids, sets=SMALL, overwrite=True)) == 10
 
 
 def test_write_error_in_a_chunk(layout, monkeypatch):
     root, ids, _ = layout
 
     def full(*a): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(F, "_write_chunk", full)
+    monkeypatch.setattr(K, "_write_chunk", full)
     with pytest.raises(InputError, match="No space left on device.*it continues where it stopped"):
-        F.pack(root, root / "store", ids, sets=SMALL)
+        K.pack(root, root / "store", ids, sets=SMALL)
 
 
 def test_out_below_a_file(layout):
     root, ids, arrays = layout
     (root / "file").write_text("x")
     with pytest.raises(InputError, match="could not be written"):
-        F.pack(root, root / "file" / "store", ids, sets=SMALL)
+        K.pack(root, root / "file" / "store", ids, sets=SMALL)
     with pytest.raises(InputError, match="could not be written"):
         F.write_layout(arrays, root / "file" / "feats", ids=ids, source=SIM, sets=SMALL)
     assert (root / "file").read_text() == "x"
@@ -478,7 +479,7 @@ def test_read_only_folder(layout):
     (root / "ro").mkdir()
     (root / "ro").chmod(0o500)
     with pytest.raises(InputError, match="could not be written"):
-        F.pack(root, root / "ro" / "store", ids, sets=SMALL)
+        K.pack(root, root / "ro" / "store", ids, sets=SMALL)
 
 
 # ---------------------------------------------------------------- damaged stores
@@ -503,34 +504,34 @@ def damage(store, how):
 @pytest.mark.parametrize("how", ["missing array", "truncated array", "other array", "objects", "no ids", "fewer ids", "other kind", "a list", "not json"])
 def test_damaged_store_is_refused_by_name(layout, how):
     root, ids, _ = layout
-    F.pack(root, root / "store", ids, sets=SMALL)
+    K.pack(root, root / "store", ids, sets=SMALL)
     name = damage(root / "store", how)
     with pytest.raises(InputError) as e:
-        F.open_store(root / "store")
+        K.open_store(root / "store")
     assert str(e.value.where).endswith(name)
     assert not (root / "store" / "pwned").exists()
 
 
 def test_verify_finds_a_flipped_bit(layout):
     root, ids, _ = layout
-    F.pack(root, root / "store", ids, sets=SMALL)
+    K.pack(root, root / "store", ids, sets=SMALL)
     data = bytearray((root / "store" / "motion.npy").read_bytes())
     data[-1] ^= 1
     (root / "store" / "motion.npy").write_bytes(data)
     with pytest.raises(InputError, match="motion.npy: content does not match its SHA-256"):
-        F.open_store(root / "store").verify()
+        K.open_store(root / "store").verify()
 
 
 def test_no_store(tmp_path):
     with pytest.raises(InputError, match="no feature store.*pack.root, out, ids."):
-        F.open_store(tmp_path / "nothing")
+        K.open_store(tmp_path / "nothing")
 
 
 def test_load_layout_refuses_and_drops(layout):
     root, ids, _ = layout
     spoil(root, ids, "missing")
     with pytest.raises(InputError, match="missing"):
-        F.load_layout(root, ids, sets=SMALL)
-    assert F.load_layout(root, ids, sets=SMALL, on_missing="drop").ids == ids[1:]
+        K.load_layout(root, ids, sets=SMALL)
+    assert K.load_layout(root, ids, sets=SMALL, on_missing="drop").ids == ids[1:]
     with pytest.raises(InputError, match="frames: 'mean' is not possible"):
-        F.load_layout(root, ids[1:], frames="mean", sets=SMALL)
+        K.load_layout(root, ids[1:], frames="mean", sets=SMALL)

@@ -10,15 +10,21 @@ import pytest
 import torch
 from micro import toy_clips, toy_han
 
-from avvp_nb import figures as F
-from avvp_nb.cmpae import CMPAE
-from avvp_nb.coleaf import Reference
 from avvp_nb.core import PALETTE, InputError
-from avvp_nb.dgm import DGMNet
-from avvp_nb.jomold import JoMoLD
-from avvp_nb.learner import predict
-from avvp_nb.ma import Refinement, refine
-from avvp_nb.report import drawn_text, provenance, save_figure
+from avvp_nb.methods.cmpae import CMPAE
+from avvp_nb.methods.coleaf import Reference
+from avvp_nb.methods.dgm import DGMNet
+from avvp_nb.methods.jomold import JoMoLD
+from avvp_nb.methods.ma_refine import Refinement, refine
+from avvp_nb.results import diagram as B
+from avvp_nb.results import figures_coleaf as L
+from avvp_nb.results import figures_dgm as G
+from avvp_nb.results import figures_han as H
+from avvp_nb.results import figures_ma as M
+from avvp_nb.results import plots as P
+from avvp_nb.results.groups import provenance
+from avvp_nb.results.plots import drawn_text, save_figure
+from avvp_nb.train.learner import predict
 
 MARK = "simulated toy"
 NAMES = ("Dog", "Frying_(food)", "Speech")  # of the toy classes
@@ -76,7 +82,7 @@ def ref(model):
     probs = {k: rng.random((60, 3)).astype(np.float32) for k in r.swap._fields}
     swap = r.swap._replace(**probs)
     out = replace(r, swap=swap)
-    e = F.evidence(out); bars = F.bars_of(out)
+    e = M.evidence(out); bars = M.bars_of(out)
     return replace(out, removed_audio=weak & (e[0] < bars[0]), removed_visual=weak & (e[1] < bars[1])), replace(train, oracle=True)
 
 
@@ -103,31 +109,31 @@ def all_figures(clips, truth, model, ref):
     r, train = ref
     audio, visual = truth
     swapped = [np.roll(x, 1, axis=1) for x in truth]
-    videos = F.asynchronous(*truth, clips.ids, NAMES).drop_duplicates("index")[:3]
-    picked, i, kw = F.pick_refined(r), videos["index"].iloc[0], dict(classes=NAMES, mark=MARK)
+    videos = H.asynchronous(*truth, clips.ids, NAMES).drop_duplicates("index")[:3]
+    picked, i, kw = M.pick_refined(r), videos["index"].iloc[0], dict(classes=NAMES, mark=MARK)
     return {
-        "task": F.plot_task(audio[i], visual[i], "Dog", features=(clips.audio[i], clips.frames[i]), **kw),
-        "task without features": F.plot_task(audio[i], visual[i], 1, **kw),
-        "event counts": F.plot_event_counts(F.event_counts(truth, truth, classes=NAMES), MARK),
-        "samples": F.plot_samples(*truth, videos, clips.ids, **kw),
-        "pooling": F.plot_pooling(F.pooling_parts(model, clips, 2), "Speech", **kw),
-        "asynchronous": F.plot_asynchronous([audio[i], visual[i]], [x[i] for x in swapped], "Dog", **kw),
-        "swap": F.plot_swap(r, 0, NAMES), "refined": F.plot_refined(r, picked, NAMES), "one refined": F.plot_refined(r, [0], NAMES),
-        "removed": F.plot_removed(r, None, NAMES), "removed, truth known": F.plot_removed(r, train, NAMES),
-        "parsing": F.plot_parsing(truth, swapped, videos, clips.ids, **kw),
-        "scores": F.plot_scores({"a": F.score_curves([record(), record(seed=2)]), "b": F.score_curves(record())}, MARK),
-        "terms": F.plot_terms({"stage 1": record(), "stage 3": [record(seed=2), record(seed=3)]}),
-        "one video": F.plot_parsing(truth, swapped, [i], clips.ids, **kw), "one sample": F.plot_samples(*truth, [i], clips.ids, **kw),
-        "event types": F.plot_event_types(truth, {"JoMoLD": swapped, "CMPAE": truth, "CoLeaF": [audio, audio]}, i, clips.ids, **kw),
-        "exchange": F.plot_exchange([coleaf_record(), coleaf_record(2)]), "exchange in one epoch": F.plot_exchange(coleaf_record(n=1)),
-        "one epoch": F.plot_terms(record(1)), "scores of one epoch": F.plot_scores({"a": F.score_curves(record(1))}, MARK)}
+        "task": H.plot_task(audio[i], visual[i], "Dog", features=(clips.audio[i], clips.frames[i]), **kw),
+        "task without features": H.plot_task(audio[i], visual[i], 1, **kw),
+        "event counts": H.plot_event_counts(H.event_counts(truth, truth, classes=NAMES), MARK),
+        "samples": H.plot_samples(*truth, videos, clips.ids, **kw),
+        "pooling": H.plot_pooling(H.pooling_parts(model, clips, 2), "Speech", **kw),
+        "asynchronous": H.plot_asynchronous([audio[i], visual[i]], [x[i] for x in swapped], "Dog", **kw),
+        "swap": M.plot_swap(r, 0, NAMES), "refined": M.plot_refined(r, picked, NAMES), "one refined": M.plot_refined(r, [0], NAMES),
+        "removed": M.plot_removed(r, None, NAMES), "removed, truth known": M.plot_removed(r, train, NAMES),
+        "parsing": M.plot_parsing(truth, swapped, videos, clips.ids, **kw),
+        "scores": G.plot_scores({"a": G.score_curves([record(), record(seed=2)]), "b": G.score_curves(record())}, MARK),
+        "terms": P.plot_terms({"stage 1": record(), "stage 3": [record(seed=2), record(seed=3)]}),
+        "one video": M.plot_parsing(truth, swapped, [i], clips.ids, **kw), "one sample": H.plot_samples(*truth, [i], clips.ids, **kw),
+        "event types": L.plot_event_types(truth, {"JoMoLD": swapped, "CMPAE": truth, "CoLeaF": [audio, audio]}, i, clips.ids, **kw),
+        "exchange": L.plot_exchange([coleaf_record(), coleaf_record(2)]), "exchange in one epoch": L.plot_exchange(coleaf_record(n=1)),
+        "one epoch": P.plot_terms(record(1)), "scores of one epoch": G.plot_scores({"a": G.score_curves(record(1))}, MARK)}
 
 
 def all_diagrams():
     "Every diagram, by name"
-    return {"han": F.diagram_han(), "two layers": F.diagram_han(toy_han(share_layer=False)), "dgm": F.diagram_dgm(), "pipelines": F.diagram_pipelines(),
-            "dgm on jomold": F.diagram_dgm(DGMNet(JoMoLD(classes=7))), "jomold": F.diagram_han(JoMoLD(n_layers=2)),
-            "coleaf": F.diagram_coleaf(), "coleaf on han": F.diagram_coleaf(toy_han(), toy_references(tokens=False))}
+    return {"han": H.diagram_han(), "two layers": H.diagram_han(toy_han(share_layer=False)), "dgm": G.diagram_dgm(), "pipelines": G.diagram_pipelines(),
+            "dgm on jomold": G.diagram_dgm(DGMNet(JoMoLD(classes=7))), "jomold": H.diagram_han(JoMoLD(n_layers=2)),
+            "coleaf": L.diagram_coleaf(), "coleaf on han": L.diagram_coleaf(toy_han(), toy_references(tokens=False))}
 
 
 def toy_references(**kw):
@@ -175,7 +181,7 @@ def test_figures_are_saved_with_their_description(drawn, tmp_path):
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
-    a, b = (save_figure(F.diagram_han(), tmp_path / n / "han", F.data_provenance(None)) for n in "ab")
+    a, b = (save_figure(H.diagram_han(), tmp_path / n / "han", P.data_provenance(None)) for n in "ab")
     assert a[0].read_bytes() == b[0].read_bytes()
 
 
@@ -201,22 +207,22 @@ def test_boxes_of_a_diagram_are_disjoint_and_hold_their_text(diagrams):
 
 def test_diagrams_show_the_numbers_of_the_given_network():
     model = toy_han(dim=20)
-    text = drawn_text(F.diagram_han(model))
+    text = drawn_text(H.diagram_han(model))
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "(B,T,20)" in text and "(B,3)" in text and "2048" not in text
     anchor, refs = CMPAE(classes=7, dim=20), [Reference(m, classes=7, dim=20) for m in ("audio", "visual")]
-    text = drawn_text(F.diagram_coleaf(anchor, refs))
+    text = drawn_text(L.diagram_coleaf(anchor, refs))
     for nets in ([anchor], refs, [refs[0].layer], [anchor.layers], [refs[1].project]):
         assert f"{sum(p.numel() for n in nets for p in n.parameters()):,} parameters" in text
     assert "(B,T+7,20)" in text and "(B,T,20) each" in text and "(7,20) class tokens" in text and "25" not in text
     net = DGMNet(toy_han())
-    text = drawn_text(F.diagram_dgm(net))
+    text = drawn_text(G.diagram_dgm(net))
     assert f"{sum(p.numel() for p in net.msdu.parameters()) // 2:,} parameters" in text
 
 
 def test_parameters_of_a_diagram_add_up():
-    assert sum(F.network_facts(CMPAE(dim=16)).loc[k, "parameters"] for k in ("features", "early", "layers", "head")) == sum(p.numel() for p in CMPAE(dim=16).parameters())
+    assert sum(B.network_facts(CMPAE(dim=16)).loc[k, "parameters"] for k in ("features", "early", "layers", "head")) == sum(p.numel() for p in CMPAE(dim=16).parameters())
     for model in (toy_han(), DGMNet(toy_han()), DGMNet(JoMoLD())):
-        own = F.network_facts(model)["parameters"]
+        own = B.network_facts(model)["parameters"]
         inside = "backbone." if isinstance(model, DGMNet) else ""
         parts = sum(own[inside + k] for k in ("project", "layers", "head")) + own.get("msdu", 0)
         assert parts == sum(p.numel() for p in model.parameters())
@@ -226,33 +232,33 @@ def test_measuring_leaves_the_network_as_it_was():
     for mode in (True, False):
         model = DGMNet(toy_han()).train(mode)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        F.network_facts(model)
+        B.network_facts(model)
         assert model.training is mode and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert not any(m._forward_hooks for m in model.modules()) and all(p.grad is None for p in model.parameters())
 
 
 def test_shapes_are_named_by_letters():
-    assert F.shape_text(torch.zeros(F.B, 8 * F.T, 5)) == "(B,8T,5)" and F.shape_text(torch.zeros(2 * F.B, F.T, 2, 4)) == "(2B,T,2,4)"
-    assert F.shape_text(torch.zeros(F.B, 25)) == "(B,25)"
+    assert B.shape_text(torch.zeros(B.B, 8 * B.T, 5)) == "(B,8T,5)" and B.shape_text(torch.zeros(2 * B.B, B.T, 2, 4)) == "(2B,T,2,4)"
+    assert B.shape_text(torch.zeros(B.B, 25)) == "(B,25)"
 
 
 @pytest.mark.parametrize("blocks, arrows, said", [
-    ([F.Block("a", "x", 0, 0)] * 2, [], "block 'a': occurs twice"),
-    ([F.Block("a", "x", 0, 0)], [F.Arrow("a", "b")], "arrow: 'b' is not possible"),
-    ([F.Block("a", "x", 0, 0, kind="wood")], [], "kind of block 'a': 'wood' is not possible")])
+    ([B.Block("a", "x", 0, 0)] * 2, [], "block 'a': occurs twice"),
+    ([B.Block("a", "x", 0, 0)], [B.Arrow("a", "b")], "arrow: 'b' is not possible"),
+    ([B.Block("a", "x", 0, 0, kind="wood")], [], "kind of block 'a': 'wood' is not possible")])
 def test_impossible_diagrams_are_refused(blocks, arrows, said):
-    with pytest.raises(InputError, match=said): F.block_diagram(("", blocks, arrows))
+    with pytest.raises(InputError, match=said): B.block_diagram(("", blocks, arrows))
 
 
 def test_networks_that_cannot_be_drawn_are_refused():
-    with pytest.raises(InputError, match="Linear has no `project` and `head`"): F.diagram_han(torch.nn.Linear(2, 2))
-    with pytest.raises(InputError, match="has no measurement heads"): F.diagram_dgm(DGMNet(toy_han(), msdu=False))
+    with pytest.raises(InputError, match="Linear has no `project` and `head`"): H.diagram_han(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="has no measurement heads"): G.diagram_dgm(DGMNet(toy_han(), msdu=False))
 
 
 def test_arrows_end_at_their_boxes():
     left, right = (0., 0., 1., 1.), (3., 4., 1., 1.)
     for p, q in ((left, right), (right, left)):
-        path = F.route(p, q)
+        path = B.route(p, q)
         assert path[0][0] == (p[0] + p[2] if q[0] > p[0] else p[0]) and path[-1][0] == (q[0] if q[0] > p[0] else q[0] + q[2])
         assert all(a[0] == b[0] or a[1] == b[1] for a, b in zip(path, path[1:])), "arrows run along the axes"
 
@@ -262,20 +268,20 @@ def test_arrows_end_at_their_boxes():
 def test_events_are_counted_as_unbroken_runs():
     a, v = np.zeros((2, 2, 6, 2), int)
     a[0, [0, 1, 3], 0] = 1; a[1, :, 0] = 1; v[0, 1:3, 0] = 1; v[1, 5, 1] = 1
-    n = F.event_counts((a, v), classes="ab")
+    n = H.event_counts((a, v), classes="ab")
     assert n.loc["a"].tolist() == [3, 1, 1] and n.loc["b"].tolist() == [0, 1, 0]
-    assert F.event_counts((a, v), (a, v), classes="ab").equals(2 * n)
+    assert H.event_counts((a, v), (a, v), classes="ab").equals(2 * n)
 
 
 def test_event_counts_agree_with_the_papers_totals(llp):
-    from avvp_nb.data import load_annotations
+    from avvp_nb.data.annotations import load_annotations
     splits = load_annotations(llp, "2020")
-    n = F.event_counts(*((splits[s].audio, splits[s].visual) for s in ("val", "test"))).sum()
+    n = H.event_counts(*((splits[s].audio, splits[s].visual) for s in ("val", "test"))).sum()
     assert abs(n["audio"] - 4131) < .02 * 4131 and abs(n["visual"] - 2495) < .02 * 2495
 
 
 def test_asynchronous_pairs_are_those_with_parts_of_their_own(truth):
-    found = F.asynchronous(*truth, classes=NAMES)
+    found = H.asynchronous(*truth, classes=NAMES)
     a, v = (x != 0 for x in truth)
     expected = ((a & ~v).any(1) & (v & ~a).any(1)).sum()
     assert len(found) == expected
@@ -284,8 +290,8 @@ def test_asynchronous_pairs_are_those_with_parts_of_their_own(truth):
         assert r["heard only"] == (a & ~v)[r["index"], :, c].sum() and r["seen only"] == (v & ~a)[r["index"], :, c].sum()
     shortest = found[["heard only", "seen only"]].min(axis=1)
     assert shortest.is_monotonic_decreasing
-    with pytest.raises(InputError, match=r"two arrays \(N,T,C\)"): F.asynchronous(a, v[:3])
-    with pytest.raises(InputError, match="25 names for 3 classes"): F.asynchronous(a, v)
+    with pytest.raises(InputError, match=r"two arrays \(N,T,C\)"): H.asynchronous(a, v[:3])
+    with pytest.raises(InputError, match="25 names for 3 classes"): H.asynchronous(a, v)
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: DGMNet(m, msdu=False), lambda m: DGMNet(m, msdu=True)])
@@ -293,7 +299,7 @@ def test_pooling_parts_add_up_to_the_models_own_probability(clips, wrap):
     model = wrap(toy_han(4)).train()
     p = predict(model, clips)
     for i in (0, 59):
-        parts = F.pooling_parts(model, clips, i)
+        parts = H.pooling_parts(model, clips, i)
         np.testing.assert_allclose(parts["video"], p.video[i], atol=1e-5)
         np.testing.assert_allclose(parts["probability"], p.segments[i], atol=1e-5)
         np.testing.assert_allclose((parts["probability"] * parts["temporal"]).sum(0)[0], p.audio[i], atol=1e-5)
@@ -303,38 +309,38 @@ def test_pooling_parts_add_up_to_the_models_own_probability(clips, wrap):
 
 def test_pooling_of_other_kinds_is_refused(clips):
     for m in (toy_han(pooling="max"), torch.nn.Linear(2, 2)):
-        with pytest.raises(InputError, match="no attentive pooling"): F.pooling_parts(m, clips, 0)
+        with pytest.raises(InputError, match="no attentive pooling"): H.pooling_parts(m, clips, 0)
 
 
 def test_the_pooling_figure_prints_every_weight(clips, model):
-    parts = F.pooling_parts(model, clips, 1)
-    fig = F.plot_pooling(parts, "Speech", NAMES, MARK)
+    parts = H.pooling_parts(model, clips, 1)
+    fig = H.plot_pooling(parts, "Speech", NAMES, MARK)
     text = drawn_text(fig)
     assert f"{parts['modality'][0, 0, 2]:.2f}" in text and f"probability {parts['video'][2]:.2f}" in fig.get_label()
     long = {k: np.repeat(v, 8, axis=0) if v.ndim == 3 else v for k, v in parts.items()}
-    assert len(F.plot_pooling(long, 0, NAMES, MARK).axes[0].texts) == 0, "forty seconds have no room for numbers"
-    with pytest.raises(InputError, match="class: 'Cat' is not possible"): F.plot_pooling(parts, "Cat", NAMES)
+    assert len(H.plot_pooling(long, 0, NAMES, MARK).axes[0].texts) == 0, "forty seconds have no room for numbers"
+    with pytest.raises(InputError, match="class: 'Cat' is not possible"): H.plot_pooling(parts, "Cat", NAMES)
 
 
 def test_boxes_mark_what_is_heard_unseen_and_where_it_is_seen():
     from matplotlib.patches import Rectangle
     a, v = np.zeros((2, 8, 1), int)
     a[2:6] = 1; v[0:3] = 1
-    fig = F.plot_asynchronous((a, v), (a, v), 0, ["x"], MARK)
+    fig = H.plot_asynchronous((a, v), (a, v), 0, ["x"], MARK)
     boxes = [(round(p.get_x(), 1), round(p.get_width(), 1)) for p in fig.axes[0].patches if isinstance(p, Rectangle)]
     assert boxes == [(3.0, 2.9), (0.0, 2.9)] and "not seen 3–6 s" in fig.get_label()
-    assert not [p for p in F.plot_asynchronous((a, v), (v, v), 0, ["x"]).axes[0].patches], "nothing unseen, nothing to help"
+    assert not [p for p in H.plot_asynchronous((a, v), (v, v), 0, ["x"]).axes[0].patches], "nothing unseen, nothing to help"
 
 
 def test_task_figure_reads_classes_in_both_forms():
     a, v = np.zeros((2, 10), int); a[4:8] = 1; v[2:5] = 1
-    one, many = F.plot_task(a, v, "Dog"), F.plot_task(a[:, None].repeat(3, 1), v[:, None].repeat(3, 1), "Dog", NAMES)
+    one, many = H.plot_task(a, v, "Dog"), H.plot_task(a[:, None].repeat(3, 1), v[:, None].repeat(3, 1), "Dog", NAMES)
     assert one.get_label() == many.get_label() == "Dog in 10 seconds: heard 4–8 s, seen 2–5 s, both 4–5 s."
-    with pytest.raises(InputError, match="no class 3"): F.plot_task(a[:, None].repeat(3, 1), v[:, None].repeat(3, 1), 3, NAMES)
+    with pytest.raises(InputError, match="no class 3"): H.plot_task(a[:, None].repeat(3, 1), v[:, None].repeat(3, 1), 3, NAMES)
 
 
 def test_constant_features_are_drawn_as_nothing():
-    assert np.isfinite(F.feature_strip(np.ones((10, 40)))).all() and F.feature_strip(np.ones((10, 5))).shape == (5, 10)
+    assert np.isfinite(H.feature_strip(np.ones((10, 40)))).all() and H.feature_strip(np.ones((10, 5))).shape == (5, 10)
 
 
 # ---------------------------------------------------------------- MA
@@ -342,25 +348,25 @@ def test_constant_features_are_drawn_as_nothing():
 def test_evidence_below_the_bar_is_exactly_what_was_removed(model):
     clips = toy_clips(60, seed=5)
     r = refine(model, replace(clips, weak=np.eye(3, dtype=np.float32)[np.arange(60) % 3]))
-    for e, bar, removed in zip(F.evidence(r), F.bars_of(r), (r.removed_audio, r.removed_visual)):
+    for e, bar, removed in zip(M.evidence(r), M.bars_of(r), (r.removed_audio, r.removed_visual)):
         assert (removed == (r.weak & (e < bar))).all()
 
 
 def test_picked_videos_lost_a_label_and_follow_the_quantiles(ref):
     r, _ = ref
-    picked = F.pick_refined(r, "visual")
+    picked = M.pick_refined(r, "visual")
     assert picked["shortfall"].is_monotonic_increasing and (picked["shortfall"] > 0).all() and len(picked) == 3
     assert picked["id"].tolist() == [r.ids[i] for i in picked["index"]]
     assert all(r.removed_visual[i].any() for i in picked["index"])
     only = replace(r, removed_visual=r.removed_visual & (np.arange(60)[:, None] == picked["index"].iloc[0]))
-    assert len(F.pick_refined(only)) == 1
-    with pytest.raises(InputError, match="no video lost a label"): F.pick_refined(replace(r, removed_visual=r.removed_visual & False))
-    with pytest.raises(InputError, match="modality: 'both' is not possible"): F.pick_refined(r, "both")
+    assert len(M.pick_refined(only)) == 1
+    with pytest.raises(InputError, match="no video lost a label"): M.pick_refined(replace(r, removed_visual=r.removed_visual & False))
+    with pytest.raises(InputError, match="modality: 'both' is not possible"): M.pick_refined(r, "both")
 
 
 def test_shares_and_rates_follow_from_the_truth(ref):
     r, train = ref
-    shares = F.removal_shares(r, train, NAMES)
+    shares = M.removal_shares(r, train, NAMES)
     a, v = (np.asarray(x) > 0 for x in train.modality_labels())
     for m, removed, there in (("audio", r.removed_audio, a), ("visual", r.removed_visual, v)):
         n = r.weak.sum(0)
@@ -368,21 +374,21 @@ def test_shares_and_rates_follow_from_the_truth(ref):
         np.testing.assert_allclose(shares[m, "right"] + shares[m, "wrong"], shares[m, "removed"])
         np.testing.assert_allclose(shares[m, "false"], (r.weak & ~there).sum(0) / n)
     nobody = replace(r, removed_audio=r.removed_audio & False)
-    assert np.isnan(F.rates(nobody, train)["audio"][0])
+    assert np.isnan(M.rates(nobody, train)["audio"][0])
 
 
 def test_classes_without_labels_have_no_bar(ref):
     r, _ = ref
     weak = r.weak.copy(); weak[:, 1] = False
     less = replace(r, weak=weak, removed_audio=r.removed_audio & weak, removed_visual=r.removed_visual & weak)
-    assert list(F.removal_shares(less, classes=NAMES).index) == ["Dog", "Speech"] and F.plot_removed(less, classes=NAMES)
+    assert list(M.removal_shares(less, classes=NAMES).index) == ["Dog", "Speech"] and M.plot_removed(less, classes=NAMES)
 
 
 def test_a_list_without_probabilities_has_shares_but_no_evidence(ref):
     r, _ = ref
     listed = Refinement(r.ids, r.rows, r.weak, r.removed_audio, r.removed_visual, source=r.source)
-    assert F.plot_removed(listed, classes=NAMES)
-    for f in (lambda: F.plot_swap(listed, 0), lambda: F.plot_refined(listed, [0]), lambda: F.pick_refined(listed)):
+    assert M.plot_removed(listed, classes=NAMES)
+    for f in (lambda: M.plot_swap(listed, 0), lambda: M.plot_refined(listed, [0]), lambda: M.pick_refined(listed)):
         with pytest.raises(InputError, match="a list without probabilities"): f()
 
 
@@ -390,18 +396,18 @@ def test_swap_figure_names_verdicts_and_refuses_strangers(ref):
     r, _ = ref
     i = int(np.flatnonzero(r.removed_visual.any(1))[0])
     c = int(np.flatnonzero(r.removed_visual[i])[0])
-    fig = F.plot_swap(r, r.ids[i], NAMES)
-    assert "visual label removed" in fig.get_label() and F.class_name(NAMES[c]) in drawn_text(fig) and "removed" in drawn_text(fig)
-    assert F.plot_swap(replace(r, partners=None), i, NAMES)
-    with pytest.raises(InputError, match="video: 'nobody' is not possible"): F.plot_swap(r, "nobody")
-    with pytest.raises(InputError, match="no video 60"): F.plot_swap(r, 60)
-    with pytest.raises(InputError, match="no videos"): F.plot_refined(r, [])
+    fig = M.plot_swap(r, r.ids[i], NAMES)
+    assert "visual label removed" in fig.get_label() and P.class_name(NAMES[c]) in drawn_text(fig) and "removed" in drawn_text(fig)
+    assert M.plot_swap(replace(r, partners=None), i, NAMES)
+    with pytest.raises(InputError, match="video: 'nobody' is not possible"): M.plot_swap(r, "nobody")
+    with pytest.raises(InputError, match="no video 60"): M.plot_swap(r, 60)
+    with pytest.raises(InputError, match="no videos"): M.plot_refined(r, [])
 
 
 def test_removed_labels_are_hollow(ref):
     r, _ = ref
     i = int(np.flatnonzero(r.removed_visual.any(1))[0])
-    bars = F.plot_refined(r, [i], NAMES).axes[0].patches
+    bars = M.plot_refined(r, [i], NAMES).axes[0].patches
     own = np.flatnonzero(r.weak[i])
     hollow = [bool(b.get_hatch()) for b in bars]
     assert hollow == [*r.removed_audio[i, own], *r.removed_visual[i, own]]
@@ -409,58 +415,58 @@ def test_removed_labels_are_hollow(ref):
 
 def test_arrays_of_several_videos_have_to_fit(truth):
     a, v = truth
-    for f in (lambda: F.plot_samples(a, v[:3], [0], classes=NAMES), lambda: F.plot_samples(a, v, [], classes=NAMES),
-              lambda: F.plot_parsing(truth, (a, v[:, :2]), [0], classes=NAMES)):
+    for f in (lambda: H.plot_samples(a, v[:3], [0], classes=NAMES), lambda: H.plot_samples(a, v, [], classes=NAMES),
+              lambda: M.plot_parsing(truth, (a, v[:, :2]), [0], classes=NAMES)):
         with pytest.raises(InputError, match="arrays of shapes"): f()
-    with pytest.raises(InputError, match="25 names for 3 classes"): F.plot_samples(a, v, [0])
-    empty = F.plot_parsing((0 * a, 0 * v), (0 * a, 0 * v), [0], classes=NAMES, mark=MARK)
+    with pytest.raises(InputError, match="25 names for 3 classes"): H.plot_samples(a, v, [0])
+    empty = M.plot_parsing((0 * a, 0 * v), (0 * a, 0 * v), [0], classes=NAMES, mark=MARK)
     assert "video 0: nothing." in empty.get_label()
 
 
 # ---------------------------------------------------------------- CoLeaF
 
 def test_the_exchange_shows_what_a_run_has():
-    fig = F.plot_exchange([coleaf_record(), coleaf_record(2)])
-    assert [a.get_title() for a in fig.axes] == list(F.EXCHANGE)
+    fig = L.plot_exchange([coleaf_record(), coleaf_record(2)])
+    assert [a.get_title() for a in fig.axes] == list(L.EXCHANGE)
     assert fig.axes[2].lines[1].get_ydata().tolist() == pytest.approx([.3] * 4), "the mean over seeds"
-    assert [a.get_title() for a in F.plot_exchange(coleaf_record(event_audio=1., event_visual=1.)).axes] == list(F.EXCHANGE)[:3]
-    with pytest.raises(InputError, match="expected a run of CoLeaF"): F.plot_exchange(record())
+    assert [a.get_title() for a in L.plot_exchange(coleaf_record(event_audio=1., event_visual=1.)).axes] == list(L.EXCHANGE)[:3]
+    with pytest.raises(InputError, match="expected a run of CoLeaF"): L.plot_exchange(record())
 
 
 def test_event_types_part_what_is_active():
     rng = np.random.default_rng(0)
     a, v = rng.random((2, 5, 8, 3)) < .4
-    kinds = F.event_types(a, v)
-    assert tuple(kinds) == F.TYPES and (sum(x.astype(int) for x in kinds.values()) == (a | v)).all()
+    kinds = L.event_types(a, v)
+    assert tuple(kinds) == L.TYPES and (sum(x.astype(int) for x in kinds.values()) == (a | v)).all()
     assert (kinds["audible only"] | kinds["audible-visible"] == a).all() and (kinds["visible only"] == (v & ~a)).all()
 
 
 def test_the_video_of_figure_3_is_chosen_by_its_rule():
     a, v = np.zeros((2, 40, 6, 3), int)
     a[:30, :, 0] = 1; a[10:35, 2:, 1] = 1; v[10:35, 2:, 1] = 1; v[5, 1:, 0] = 1      # 10..29 have both; in 5 both are one class
-    found = F.mixed_videos(a, v)
+    found = L.mixed_videos(a, v)
     assert found.tolist() == list(range(10, 30))
     change = np.random.default_rng(1).permutation(40).astype(float)
     frame = {"x": np.zeros(40), "y": np.full(40, -1.), "CoLeaF": change}
-    row = F.pick_mixed((a, v), frame, [f"v{i}" for i in range(40)]).iloc[0]
+    row = L.pick_mixed((a, v), frame, [f"v{i}" for i in range(40)]).iloc[0]
     assert row["difference"] == np.sort(change[10:30])[round(.5 * 19)] and row["id"] == f"v{row['index']}" and row["mixed"] == 20
-    with pytest.raises(InputError, match="1 methods"): F.pick_mixed((a, v), {"CoLeaF": change})
-    with pytest.raises(InputError, match="no video with an event"): F.pick_mixed((a[30:], v[30:]), {k: x[30:] for k, x in frame.items()})
+    with pytest.raises(InputError, match="1 methods"): L.pick_mixed((a, v), {"CoLeaF": change})
+    with pytest.raises(InputError, match="no video with an event"): L.pick_mixed((a[30:], v[30:]), {k: x[30:] for k, x in frame.items()})
 
 
 def test_events_stand_in_the_group_of_their_type():
     a, v = np.zeros((2, 1, 10, 3), int)
     a[0, 2:8, 0] = 1; v[0, 5:10, 0] = 1
-    fig = F.plot_event_types((a, v), {"wrong": (a, a)}, 0, ["x"], NAMES, MARK)
+    fig = L.plot_event_types((a, v), {"wrong": (a, a)}, 0, ["x"], NAMES, MARK)
     assert fig.get_label() == ("Events by type. annotated: Dog audible only 2–5 s, Dog audible-visible 5–8 s, Dog visible only 8–10 s; "
                                "wrong: Dog audible-visible 2–8 s.")
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["annotated", "wrong"] * 3
     many = np.ones((1, 10, 12), int)
-    crowded = F.plot_event_types((many, many), {"wrong": (many, 0 * many)}, 0, classes=[f"class {i}" for i in range(12)], mark=MARK)
+    crowded = L.plot_event_types((many, many), {"wrong": (many, 0 * many)}, 0, classes=[f"class {i}" for i in range(12)], mark=MARK)
     assert "4 other classes" in drawn_text(crowded) and overlaps(crowded) == outside(crowded) == []
-    empty = F.plot_event_types((0 * a, 0 * v), {"wrong": (0 * a, 0 * a)}, 0, classes=NAMES, mark=MARK)
+    empty = L.plot_event_types((0 * a, 0 * v), {"wrong": (0 * a, 0 * a)}, 0, classes=NAMES, mark=MARK)
     assert "annotated: nothing; wrong: nothing." in empty.get_label()
-    with pytest.raises(InputError, match="arrays of shapes"): F.plot_event_types((a, v), {"x": (a, v[:, :2])}, 0, classes=NAMES)
+    with pytest.raises(InputError, match="arrays of shapes"): L.plot_event_types((a, v), {"x": (a, v[:, :2])}, 0, classes=NAMES)
 
 
 # ---------------------------------------------------------------- DGM and the training notebooks
@@ -468,41 +474,40 @@ def test_events_stand_in_the_group_of_their_type():
 def test_scores_are_means_over_the_labels():
     from avvp_nb.core import Parsing
     p = Parsing(None, torch.tensor([[.5, .1], [.3, .9]]), torch.tensor([[1., 0.], [0., .5]]), None)
-    assert F.correct_class_score(p, torch.tensor([[1., 0.], [1., 1.]])) == pytest.approx(((.5 + .3 + .9) / 3, 1.5 / 3))
-    assert F.correct_class_score(p, torch.zeros(2, 2)) == (0., 0.)
+    assert G.correct_class_score(p, torch.tensor([[1., 0.], [1., 1.]])) == pytest.approx(((.5 + .3 + .9) / 3, 1.5 / 3))
+    assert G.correct_class_score(p, torch.zeros(2, 2)) == (0., 0.)
 
 
 def test_curves_come_from_the_history_or_are_refused():
-    assert F.score_curves([record(), record(seed=2)])["visual"].shape == (2, 4)
-    with pytest.raises(InputError, match="no scores 'audio'"): F.score_curves({"key": "k", "history": [{"loss": {}}]})
-    with pytest.raises(InputError, match="runs of different length"): F.score_curves([record(), record(2)])
-    with pytest.raises(InputError, match="0 experiments"): F.plot_scores({})
-    with pytest.raises(InputError, match="4 experiments"): F.plot_terms({k: record(seed=i) for i, k in enumerate("abcd")})
-    with pytest.raises(InputError, match="no loss 'sound'"): F.plot_terms(record(), ["sound"])
+    assert G.score_curves([record(), record(seed=2)])["visual"].shape == (2, 4)
+    with pytest.raises(InputError, match="no scores 'audio'"): G.score_curves({"key": "k", "history": [{"loss": {}}]})
+    with pytest.raises(InputError, match="runs of different length"): G.score_curves([record(), record(2)])
+    with pytest.raises(InputError, match="0 experiments"): G.plot_scores({})
+    with pytest.raises(InputError, match="4 experiments"): P.plot_terms({k: record(seed=i) for i, k in enumerate("abcd")})
+    with pytest.raises(InputError, match="no loss 'sound'"): P.plot_terms(record(), ["sound"])
 
 
 def test_lines_have_the_colours_of_their_modality():
-    fig = F.plot_terms(record())
+    fig = P.plot_terms(record())
     assert {ax.get_title(): ax.lines[0].get_color() for ax in fig.axes} == {
         "audio": PALETTE["audio"], "visual": PALETTE["visual"], "video": PALETTE["av"], "contrast": PALETTE["truth"]}
 
 
 def test_an_unmarked_figure_of_simulated_data_is_refused(clips, truth, tmp_path):
-    fig = F.plot_samples(*truth, [0], classes=NAMES)
-    with pytest.raises(InputError, match="does not say so"): save_figure(fig, tmp_path / "x", F.data_provenance(clips))
+    fig = H.plot_samples(*truth, [0], classes=NAMES)
+    with pytest.raises(InputError, match="does not say so"): save_figure(fig, tmp_path / "x", P.data_provenance(clips))
     assert not list(tmp_path.iterdir())
 
 
 def test_provenance_of_data_has_no_paths(clips):
-    said = F.data_provenance(clips, "nbs/han.ipynb", seed=1)
+    said = P.data_provenance(clips, "nbs/han.ipynb", seed=1)
     assert said == {"runs": [], "mark": MARK, "simulated": True, "data": "abc", "notebook": "nbs/han.ipynb", "parameters": {"seed": 1}}
 
 
 def test_every_figure_of_the_three_papers_has_a_function():
     from avvp_nb.core import asset
     rows = pd.read_csv(asset("figures.csv"))
-    from avvp_nb import report
-    there = " ".join(f.__doc__ or "" for m in (F, report) for f in vars(m).values() if callable(f))
+    there = " ".join(f.__doc__ or "" for m in (H, M, L, G, P, B) for f in vars(m).values() if callable(f))
     for paper, figure in rows.loc[rows["paper"].isin(["han", "ma", "dgm"]), ["paper", "figure"]].itertuples(index=False):
         if (paper, figure) == ("ma", 1): continue  # `strip_plot`, as said in the notebook
         assert f"{paper.upper()}, Fig. {figure}" in there, (paper, figure)

@@ -20,12 +20,20 @@ from safetensors.torch import save as library_save
 from torch.utils.flop_counter import FlopCounterMode
 from tree import ROOT, load
 
-from avvp_nb import gpu, learner, runs, tensors
+from avvp_nb import runs
 from avvp_nb.core import InputError, file_hash, read_json, shared, write_json
-from avvp_nb.graphs import Tape
-from avvp_nb.reproduce import reproduce
+from avvp_nb.data import clips as clips_
+from avvp_nb.data import tensors
+from avvp_nb.methods import zoo
+from avvp_nb.runs import gpu_report as reporting
+from avvp_nb.runs import measure
+from avvp_nb.runs import merge as merging
+from avvp_nb.runs import parity as checks
+from avvp_nb.runs.reproduce import reproduce
+from avvp_nb.train import learner
+from avvp_nb.train.graphs import Tape
 
-CLIPS = gpu.random_clips(8, 4, 5, (8, 12, 6))
+CLIPS = clips_.random_clips(8, 4, 5, (8, 12, 6))
 BLOCKED = ("matplotlib", "safetensors", "tqdm", "nbdev", "fastcore", "IPython", "papermill", "tabulate", "ipykernel", "execnb")
 
 
@@ -67,8 +75,8 @@ def test_damaged_tensor_files_are_refused(data):
 # --- counting and measuring ------------------------------------------------------------------------------------------
 
 def test_operations_are_those_of_pytorchs_own_counter():
-    learner = gpu.bench_learner(CLIPS, dim=16, batch_size=4)
-    ours = gpu.step_cost(learner)
+    learner = measure.bench_learner(CLIPS, dim=16, batch_size=4)
+    ours = measure.step_cost(learner)
     learner.i, learner.n_batches = 0, 1
     with FlopCounterMode(display=False) as theirs: learner.one_batch(np.arange(4))
     assert ours["GFLOP"] == theirs.get_total_flops() / 1e9 > 0
@@ -76,26 +84,26 @@ def test_operations_are_those_of_pytorchs_own_counter():
 
 def test_bytes_of_a_step_grow_with_parameters_and_with_rows():
     "At least every parameter is read in both directions and by Adam, which reads four arrays and writes three"
-    learner = gpu.bench_learner(CLIPS, dim=64, batch_size=1)
+    learner = measure.bench_learner(CLIPS, dim=64, batch_size=1)
     least = 4 * sum(p.numel() for p in learner.model.parameters()) * (1 + 4 + 3)
-    one, eight = gpu.step_cost(learner)["GB"], gpu.step_cost(gpu.bench_learner(CLIPS, dim=64, batch_size=8))["GB"]
+    one, eight = measure.step_cost(learner)["GB"], measure.step_cost(measure.bench_learner(CLIPS, dim=64, batch_size=8))["GB"]
     assert least / 1e9 < one < eight
 
 
-@pytest.mark.parametrize("method", list(runs.METHODS))
+@pytest.mark.parametrize("method", list(zoo.METHODS))
 def test_every_method_can_be_compared(method):
     "One step of each method on each backbone, in its own learner"
-    pairs = runs.METHODS[method].backbones or (None,)
+    pairs = zoo.METHODS[method].backbones or (None,)
     for b in pairs[:2]:
-        clips = gpu.random_clips(3, 4, 5, (8, 12, 6), frames=runs.METHODS[b or method].frames)
-        rows = gpu.parity_rows(method, "cpu", b, clips=clips, dim=32)
+        clips = clips_.random_clips(3, 4, 5, (8, 12, 6), frames=zoo.METHODS[b or method].frames)
+        rows = checks.parity_rows(method, "cpu", b, clips=clips, dim=32)
         assert [r["what"] for r in rows] == ["outputs", "loss", "gradients"], rows
         assert all(r["ok"] and r["difference"] == 0 for r in rows)
 
 
 def test_parity_finds_a_wrong_device(monkeypatch):
     "One gradient of one parameter that is a thousandth off, one term of the loss, or a NaN"
-    right = gpu.one_step
+    right = checks.one_step
 
     def wrong(spoil):
         def one_step(method, device="cpu", *args, **kwargs):
@@ -108,31 +116,31 @@ def test_parity_finds_a_wrong_device(monkeypatch):
     def nan(catch): catch.gradients["head.maps.0.bias"][0] = torch.nan
     def gone(catch): del catch.gradients["head.maps.0.bias"]
     for spoil, what, where in [(off, "gradients", "head.maps.0.weight"), (term, "loss", "visual"), (nan, "gradients", "head.maps.0.bias")]:
-        monkeypatch.setattr(gpu, "one_step", wrong(spoil))
-        bad = [r for r in gpu.parity_rows("han", "other", clips=CLIPS, dim=16) if not r["ok"]]
+        monkeypatch.setattr(checks, "one_step", wrong(spoil))
+        bad = [r for r in checks.parity_rows("han", "other", clips=CLIPS, dim=16) if not r["ok"]]
         assert [(r["what"], r["where"]) for r in bad] == [(what, where)]
-    monkeypatch.setattr(gpu, "one_step", wrong(gone))
-    assert "other gradients than on the CPU" in gpu.parity_rows("han", "other", clips=CLIPS, dim=16)[0]["where"]
+    monkeypatch.setattr(checks, "one_step", wrong(gone))
+    assert "other gradients than on the CPU" in checks.parity_rows("han", "other", clips=CLIPS, dim=16)[0]["where"]
 
 
 def test_reference_cases_are_never_skipped_in_silence(monkeypatch, tmp_path):
     monkeypatch.setenv("AVVP_SHARED", str(tmp_path))
-    rows = gpu.golden_rows("cpu")
+    rows = checks.golden_rows("cpu")
     assert len(rows) == 1 and rows[0]["what"] == "golden cases: not found" and rows[0]["ok"] is None
 
 
 def test_reference_cases_decide(golden, monkeypatch):
-    rows = gpu.golden_rows("cpu")
+    rows = checks.golden_rows("cpu")
     assert len(rows) >= 8 and all(r["ok"] for r in rows)
-    monkeypatch.setattr(gpu, "filled", lambda keys, rule, f=gpu.filled: {k: v * 1.01 for k, v in f(keys, rule).items()})
-    assert not gpu.golden_case(shared("golden"), "han", "han_forward_chirp", "cpu")["ok"]
+    monkeypatch.setattr(checks, "filled", lambda keys, rule, f=checks.filled: {k: v * 1.01 for k, v in f(keys, rule).items()})
+    assert not checks.golden_case(shared("golden"), "han", "han_forward_chirp", "cpu")["ok"]
 
 
-@pytest.mark.parametrize("method", gpu.RECORDED)
+@pytest.mark.parametrize("method", [m for m, entry in zoo.METHODS.items() if entry.recordable])
 def test_recorded_steps_are_compared(method, monkeypatch):
     "On a tape, which takes the place of a CUDA graph: equal to the last bit, and something was replayed"
     monkeypatch.setattr(learner, "tape_for", lambda device: Tape)
-    rows = gpu.engine_rows(method, "cpu", gpu.random_clips(24, 4, 25, (8, 12, 6)), dim=16)
+    rows = checks.engine_rows(method, "cpu", clips_.random_clips(24, 4, 25, (8, 12, 6)), dim=16)
     assert [(r["ok"], r["difference"], r["where"]) for r in rows] == [(True, 0., "4 replays an epoch")] * 2, rows
 
 
@@ -140,13 +148,13 @@ def test_recorded_steps_that_go_wrong_are_found(monkeypatch):
     class Forgetful(Tape):
         def again(self): pass
     monkeypatch.setattr(learner, "tape_for", lambda device: Forgetful)
-    rows = gpu.engine_rows("han", "cpu", gpu.random_clips(24, 4, 5, (8, 12, 6)), dim=16)
+    rows = checks.engine_rows("han", "cpu", clips_.random_clips(24, 4, 5, (8, 12, 6)), dim=16)
     assert [r["ok"] for r in rows] == [False] * 2
 
     class Broken(Tape):
         def first(self, f): raise RuntimeError("cannot")
     monkeypatch.setattr(learner, "tape_for", lambda device: Broken)
-    rows = gpu.engine_rows("han", "cpu", gpu.random_clips(24, 4, 5, (8, 12, 6)), dim=16)
+    rows = checks.engine_rows("han", "cpu", clips_.random_clips(24, 4, 5, (8, 12, 6)), dim=16)
     assert [(r["ok"], r["difference"], r["where"]) for r in rows] == [(False, 0., "RuntimeError: cannot")] * 2
 
 
@@ -154,51 +162,51 @@ def test_graphs_are_used_where_the_report_speaks_for_them(tmp_path):
     def write(ok=True, speed=20.):
         pd.DataFrame([{"what": "recorded steps", "ok": True}, {"what": "recorded steps", "ok": ok}, {"what": "loss", "ok": False}]).to_csv(tmp_path / "parity.csv")
         write_json({"results": {"a": {"videos/s": 10.}, "a, graphs": {"videos/s": 11.}, "b": {"videos/s": 10.}, "b, graphs": {"videos/s": speed}}}, tmp_path / "benchmark.json")
-    assert gpu.pick_engine(tmp_path, "cuda") == "eager"              # nothing is known
+    assert reporting.pick_engine(tmp_path, "cuda") == "eager"              # nothing is known
     write()
-    assert gpu.pick_engine(tmp_path, "cuda") == "graphs" and gpu.pick_engine(tmp_path, "cpu") == "eager"
-    assert gpu.pick_engine(tmp_path, "cuda", {"x": "RuntimeError: CUDA error: an illegal memory access"}) == "eager"
+    assert reporting.pick_engine(tmp_path, "cuda") == "graphs" and reporting.pick_engine(tmp_path, "cpu") == "eager"
+    assert reporting.pick_engine(tmp_path, "cuda", {"x": "RuntimeError: CUDA error: an illegal memory access"}) == "eager"
     for kw in (dict(ok=False), dict(ok=None), dict(speed=9.)):
         write(**kw)
-        assert gpu.pick_engine(tmp_path, "cuda") == "eager", kw
+        assert reporting.pick_engine(tmp_path, "cuda") == "eager", kw
     (tmp_path / "benchmark.json").unlink()
-    assert gpu.pick_engine(tmp_path, "cuda") == "eager"
+    assert reporting.pick_engine(tmp_path, "cuda") == "eager"
 
 
 def test_the_engine_of_a_report_is_checked_and_handed_on(tmp_path, small, monkeypatch):
-    with pytest.raises(InputError, match="engine: 'graphs' needs a GPU"): gpu.gpu_report(tmp_path, "micro", device="cpu", jobs=[], engine="graphs")
-    with pytest.raises(InputError, match="engine: 'fast' is not possible"): gpu.gpu_report(tmp_path, "micro", device="cpu", jobs=[], engine="fast")
+    with pytest.raises(InputError, match="engine: 'graphs' needs a GPU"): reporting.gpu_report(tmp_path, "micro", device="cpu", jobs=[], engine="graphs")
+    with pytest.raises(InputError, match="engine: 'fast' is not possible"): reporting.gpu_report(tmp_path, "micro", device="cpu", jobs=[], engine="fast")
     seen = []
-    monkeypatch.setattr(gpu, "train_specs", lambda specs, store, device, engine: seen.append(engine))
-    for job in gpu.table_jobs([runs.RunSpec("han", scale="micro")], tmp_path, "cpu", {}, engine=lambda: "compile"): job.do()
+    monkeypatch.setattr(reporting, "train_specs", lambda specs, store, device, engine: seen.append(engine))
+    for job in reporting.table_jobs([runs.RunSpec("han", scale="micro")], tmp_path, "cpu", {}, engine=lambda: "compile"): job.do()
     assert seen == ["compile"]
 
 
 def test_a_run_that_takes_the_gpu_with_it_ends_the_call_and_the_next_one_goes_past_it(tmp_path, small, monkeypatch, capsys):
     specs = [runs.RunSpec("han", {"temporal": "none"}, scale="micro", seed=s, epochs=1) for s in (1, 2)]
-    right = gpu.run
+    right = reporting.run
 
     def run(spec, *args):
         if spec.seed == 1: raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return right(spec, *args)
 
     def gone(device): raise RuntimeError("CUDA error: the device is gone")
-    monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setattr(gpu, "all_specs", lambda *args: specs)
-    monkeypatch.setattr(gpu, "check_alive", gone)
-    with pytest.raises(RuntimeError, match="the device is gone"): gpu.gpu_report(tmp_path, "micro", pieces=("tables",), papers=["han"], device="cpu")
+    monkeypatch.setattr(reporting, "run", run)
+    monkeypatch.setattr(reporting, "all_specs", lambda *args: specs)
+    monkeypatch.setattr(reporting, "check_alive", gone)
+    with pytest.raises(RuntimeError, match="the device is gone"): reporting.gpu_report(tmp_path, "micro", pieces=("tables",), papers=["han"], device="cpu")
     failed = read_json(tmp_path / "manifest.json")["failed"]
     assert len(failed) == 1 and "illegal memory access" in next(iter(failed.values())) and not micro.records(tmp_path)
-    monkeypatch.setattr(gpu, "check_alive", lambda device: None)                  # another process, with its GPU
-    assert gpu.gpu_report(tmp_path, "micro", pieces=("tables",), papers=["han"], device="cpu") == []
+    monkeypatch.setattr(reporting, "check_alive", lambda device: None)                  # another process, with its GPU
+    assert reporting.gpu_report(tmp_path, "micro", pieces=("tables",), papers=["han"], device="cpu") == []
     assert [r["seed"] for r in micro.records(tmp_path).values()] == [2]
-    assert gpu.pick_engine(tmp_path, "cuda", read_json(tmp_path / "manifest.json")["failed"]) == "eager"
+    assert reporting.pick_engine(tmp_path, "cuda", read_json(tmp_path / "manifest.json")["failed"]) == "eager"
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_parity_on_the_gpu():
-    table = gpu.parity("cuda")
+    table = checks.parity("cuda")
     assert not (table["ok"] == False).any(), table[table["ok"] == False].to_string()  # noqa: E712
 
 
@@ -212,49 +220,49 @@ def test_a_budget_is_kept_once_the_kinds_are_known(wanted, budget):
 
     def job(i, kind, cost, pace):
         def do(): at[0] += cost * pace; did.append(i)
-        return gpu.Job("tables", str(i), f"run:{kind}", cost, do, lambda: i in did)
+        return reporting.Job("tables", str(i), f"run:{kind}", cost, do, lambda: i in did)
     jobs, rates = [job(i, *w) for i, w in enumerate(wanted)], {f"run:{k}": 1. for k in "abc"}
     for _ in range(len(jobs)):
         start = at[0]
-        left = gpu.work(jobs, budget, rates, lambda: at[0], lambda s: None)
+        left = reporting.work(jobs, budget, rates, lambda: at[0], lambda s: None)
         assert at[0] - start <= budget
         if not left: break
-        gpu.check_possible(left, rates, budget)
+        reporting.check_possible(left, rates, budget)
     assert sorted(did) == list(range(len(jobs)))
 
 
 def test_the_first_of_a_kind_needs_half_a_budget():
-    job = gpu.Job("benchmark", "x", "benchmark", 1., None, lambda: False)
-    assert gpu.fits(job, {}, 50, 100) and not gpu.fits(job, {}, 49, 100)
+    job = reporting.Job("benchmark", "x", "benchmark", 1., None, lambda: False)
+    assert reporting.fits(job, {}, 50, 100) and not reporting.fits(job, {}, 49, 100)
 
 
 def test_a_failing_run_is_noted_and_the_others_finish(small, tmp_path, monkeypatch, capsys):
     specs = [runs.RunSpec("han", {"temporal": t}, scale="micro") for t in ("none", "gru", "transformer")]
-    failed, right = {}, gpu.run
+    failed, right = {}, reporting.run
 
     def run(spec, *args):
         if spec.options["temporal"] == "gru": raise FloatingPointError("loss is nan")
         return right(spec, *args)
-    monkeypatch.setattr(gpu, "run", run)
-    jobs = gpu.table_jobs(specs, tmp_path, "cpu", failed)
-    assert gpu.work(jobs, 600, {}) == [] and len(micro.records(tmp_path)) == 2
+    monkeypatch.setattr(reporting, "run", run)
+    jobs = reporting.table_jobs(specs, tmp_path, "cpu", failed)
+    assert reporting.work(jobs, 600, {}) == [] and len(micro.records(tmp_path)) == 2
     assert list(failed.values()) == ["FloatingPointError: loss is nan"] and "gru" in list(failed)[0]
 
 
 def test_a_report_is_about_one_machine(tmp_path):
-    m = gpu.open_manifest(tmp_path, "cpu")
+    m = reporting.open_manifest(tmp_path, "cpu")
     write_json({**m, "machine": {**m["machine"], "processor": "abacus", "torch": "1.0"}}, tmp_path / "manifest.json")
-    with pytest.raises(InputError, match=r"manifest\.json: is of another processor and torch\. give another --out"): gpu.gpu_report(tmp_path, "tiny")
+    with pytest.raises(InputError, match=r"manifest\.json: is of another processor and torch\. give another --out"): reporting.gpu_report(tmp_path, "tiny")
 
 
 def test_changed_code_is_compared_and_measured_again(tmp_path):
-    m = gpu.open_manifest(tmp_path, "cpu")
+    m = reporting.open_manifest(tmp_path, "cpu")
     write_json(m, tmp_path / "manifest.json")
     for name in ("parity.csv", "benchmark.json"): (tmp_path / name).write_text("")
-    gpu.open_manifest(tmp_path, "cpu")
+    reporting.open_manifest(tmp_path, "cpu")
     assert (tmp_path / "parity.csv").exists()
     write_json({**m, "machine": {**m["machine"], "code": "other"}}, tmp_path / "manifest.json")
-    assert gpu.open_manifest(tmp_path, "cpu")["machine"]["code"] == gpu.code_hash()
+    assert reporting.open_manifest(tmp_path, "cpu")["machine"]["code"] == measure.code_hash()
     assert not (tmp_path / "parity.csv").exists() and not (tmp_path / "benchmark.json").exists()
 
 
@@ -271,11 +279,14 @@ sys.meta_path[:] = [Without(f) for f in sys.meta_path if hasattr(f, "find_spec")
 import torch
 torch.set_num_threads(1)
 from dataclasses import replace
-from avvp_nb import gpu, runs
+from avvp_nb import runs
+from avvp_nb.data.clips import random_clips
+from avvp_nb.methods.zoo import METHODS
+from avvp_nb.runs import gpu_report as gpu
 runs.SCALES["micro"] = runs.Scale(48, 16, 16, epochs=3, step=2)
 def small(m): return replace(m, build=lambda plain, sizes, *rest: m.build(plain, {{**sizes, "dim": 32}}, *rest))
-for name, m in list(runs.METHODS.items()): runs.METHODS[name] = small(m)
-def quick(out, device, **kw): return benchmark(out, device, batch_sizes=(2,), seconds=.01, methods=("han",), stacks=(2,), clips=gpu.random_clips(4))
+for name, m in list(METHODS.items()): METHODS[name] = small(m)
+def quick(out, device, **kw): return benchmark(out, device, batch_sizes=(2,), seconds=.01, methods=("han",), stacks=(2,), clips=random_clips(4))
 benchmark, gpu.benchmark_jobs = gpu.benchmark_jobs, quick
 import argparse
 p = argparse.ArgumentParser(); gpu.add_arguments(p)
@@ -329,12 +340,12 @@ def test_the_records_of_a_bare_machine_are_like_any_others(report, small):
 
 def test_what_a_bare_machine_made_comes_home(report, tmp_path, small):
     out, _, _ = report
-    done = gpu.merge(out, tmp_path)
+    done = merging.merge(out, tmp_path)
     n = len(runs.Store(out).records())
     assert done["copied"]["records"] == done["copied"]["probabilities"] == done["copied"]["weights"] == n
     assert {p.name: file_hash(p) for p in (tmp_path / "records").iterdir()} == {p.name: file_hash(p) for p in (out / "records").iterdir()}
     assert set(reproduce("ma", "1", "micro", (1,), tmp_path, train=False)) == {"ma 1"}
-    again = gpu.merge(out, tmp_path)
+    again = merging.merge(out, tmp_path)
     assert not any(again["copied"].values()) and again["equal"] == sum(done["copied"].values())
 
 
@@ -375,13 +386,13 @@ def test_a_damaged_source_is_refused_and_named(copy, tmp_path, name):
     part, spoil, said = DAMAGE[name]
     victim = sorted((copy / part).iterdir())[-1]
     spoil(victim)
-    with pytest.raises(InputError, match=said) as e: gpu.merge(copy, tmp_path / "home")
+    with pytest.raises(InputError, match=said) as e: merging.merge(copy, tmp_path / "home")
     assert part in str(e.value) and e.value.fix and not (tmp_path / "home").exists()
 
 
 def test_records_alone(copy, tmp_path):
     shutil.rmtree(copy / "probabilities")
-    assert gpu.merge(copy, tmp_path / "home", parts=("records",)) == {"copied": {"records": 2}, "equal": 0, "kept": 0}
+    assert merging.merge(copy, tmp_path / "home", parts=("records",)) == {"copied": {"records": 2}, "equal": 0, "kept": 0}
     with pytest.raises(InputError, match="is missing or not the file"):
         store = runs.Store(tmp_path / "home")
         store.probabilities(store.records()[0])
@@ -389,7 +400,7 @@ def test_records_alone(copy, tmp_path):
 
 def test_missing_weights_do_not_matter(copy, tmp_path):
     shutil.rmtree(copy / "weights")
-    assert gpu.merge(copy, tmp_path / "home")["copied"] == {"probabilities": 2, "weights": 0, "products": 0, "records": 2}
+    assert merging.merge(copy, tmp_path / "home")["copied"] == {"probabilities": 2, "weights": 0, "products": 0, "records": 2}
 
 
 @pytest.fixture
@@ -404,58 +415,58 @@ def rival(copy):
 def test_a_differing_record_is_never_overwritten(source, rival, tmp_path):
     other, key = rival
     home = tmp_path / "home"
-    gpu.merge(source, home)
+    merging.merge(source, home)
     (home / "records" / f"{keys(home)[1]}.json").unlink()                       # something would be left to copy
     before = content(home)
-    with pytest.raises(InputError, match=f"home/records/{key}.json: differs from .*copy/records/{key}.json"): gpu.merge(other, home)
+    with pytest.raises(InputError, match=f"home/records/{key}.json: differs from .*copy/records/{key}.json"): merging.merge(other, home)
     assert content(home) == before
-    done = gpu.merge(other, home, keep=True)
+    done = merging.merge(other, home, keep=True)
     assert done["kept"] == 1 and done["copied"]["records"] == 1 and keys(home) == keys(source)
     assert all(content(home)[k] == v for k, v in before.items())
 
 
 @pytest.mark.parametrize("moment", range(6))
 def test_an_interrupted_merge_leaves_no_record_without_its_files(source, tmp_path, monkeypatch, moment):
-    home, count, right = tmp_path / "home", [0], gpu.copy_file
+    home, count, right = tmp_path / "home", [0], merging.copy_file
 
     def fail(a, b):
         if count[0] == moment: raise KeyboardInterrupt
         count[0] += 1
         right(a, b)
-    monkeypatch.setattr(gpu, "copy_file", fail)
-    with pytest.raises(KeyboardInterrupt): gpu.merge(source, home)
+    monkeypatch.setattr(merging, "copy_file", fail)
+    with pytest.raises(KeyboardInterrupt): merging.merge(source, home)
     store = runs.Store(home)
     for r in store.records(): store.probabilities(r)
     assert not list(home.rglob("*.part"))
-    monkeypatch.setattr(gpu, "copy_file", right)
-    gpu.merge(source, home)
-    assert content(home) == {k: v for k, v in content(source).items() if k.split("/")[0] in gpu.PARTS}
+    monkeypatch.setattr(merging, "copy_file", right)
+    merging.merge(source, home)
+    assert content(home) == {k: v for k, v in content(source).items() if k.split("/")[0] in merging.PARTS}
 
 
 def test_merge_from_a_shell(source, tmp_path, capsys):
     p = argparse.ArgumentParser()
-    gpu.add_merge_arguments(p)
-    gpu.cmd_merge(p.parse_args([str(source), str(tmp_path / "home"), "--parts", "records"]))
+    merging.add_merge_arguments(p)
+    merging.cmd_merge(p.parse_args([str(source), str(tmp_path / "home"), "--parts", "records"]))
     assert capsys.readouterr().out == "copied 2 records; 0 files were there already; 0 differ and were left as they are\n"
-    with pytest.raises(InputError, match="parts: 'recods' is not possible.*did you mean 'records'"): gpu.merge(source, tmp_path, ("recods",))
+    with pytest.raises(InputError, match="parts: 'recods' is not possible.*did you mean 'records'"): merging.merge(source, tmp_path, ("recods",))
 
 
 def test_the_keep_flag_keeps_all_files_of_a_run(source, copy, tmp_path):
     "Probabilities of the other run are not mixed with the record that is kept"
     home = tmp_path / "home"
-    gpu.merge(source, home)
+    merging.merge(source, home)
     key = keys(home)[0]
     record = read_json(home / "records" / f"{key}.json")
     write_json(replace_wall(record), copy / "records" / f"{key}.json")
     (home / "weights" / f"{key}.safetensors").unlink()
-    assert gpu.merge(copy, home, keep=True)["copied"]["weights"] == 0
+    assert merging.merge(copy, home, keep=True)["copied"]["weights"] == 0
 
 
 def replace_wall(record): return {**record, "wall_time": -1.}
 
 
 def test_a_stack_is_measured():
-    found = gpu.stack_rate(2, 4, clips=replace(CLIPS), dim=16, seconds=.01)
+    found = reporting.stack_rate(2, 4, clips=replace(CLIPS), dim=16, seconds=.01)
     assert found["runs"] == 2 and found["videos/s"] > 0
 
 
@@ -469,7 +480,7 @@ def test_a_benchmark_is_saved_under_the_name_of_its_machine(tmp_path, monkeypatc
     assert bench.main(["scoring", "--save"]) == 0
     path, = (tmp_path / "figures" / "bench").glob("*.json")
     record = read_json(path)
-    assert path.stem == gpu.slug(record["hardware"]) and record["results"]["scoring"]["batch 16"]["ratio"] == 1.75 and record["finished"]
+    assert path.stem == measure.slug(record["hardware"]) and record["results"]["scoring"]["batch 16"]["ratio"] == 1.75 and record["finished"]
     assert "| scoring | batch 16: ratio | 1.75 |" in path.with_suffix(".md").read_text()
     def fail(): raise OSError("no disk")
     fake.run = fail

@@ -12,14 +12,18 @@ import torch
 from test_stack import FIT, RUNS, log
 from tree import ROOT
 
-from avvp_nb import graphs, learner
 from avvp_nb.cli import main
 from avvp_nb.core import InputError
-from avvp_nb.graphs import CudaTape, Recorded, Tape
-from avvp_nb.learner import Callback, CheckpointCB, Learner, ProgressCB, ScoreCB, ValidateCB
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.runs import RunSpec, run, run_many
-from avvp_nb.stack import Lane, StackedLearner, run_stacked
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.runs.single import run
+from avvp_nb.runs.stacked import run_many, run_stacked
+from avvp_nb.train import graphs, learner
+from avvp_nb.train.callbacks import CheckpointCB, ProgressCB, ScoreCB, ValidateCB
+from avvp_nb.train.graphs import CudaTape, Recorded, Tape
+from avvp_nb.train.lanes import Lane
+from avvp_nb.train.learner import Callback, Learner
+from avvp_nb.train.stack import StackedLearner
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 STEADY = [k for k in RUNS if k not in ("cmpae", "padded")]
@@ -75,7 +79,7 @@ def test_a_recorded_stack_is_the_stack(name, device):
 
 @pytest.mark.parametrize("settings", [dict(noise=True), dict(noise=False), dict(apply="update"), dict(measure="score", target="encoder")])
 def test_modulation_is_recorded(settings):
-    from avvp_nb.dgm import DGM, DGMNet, MSDULoss
+    from avvp_nb.methods.dgm import DGM, DGMNet, MSDULoss
     def fitted(engine):
         return Learner(DGMNet(micro.toy_han()), micro.toy_clips(70).to("cpu"), MSDULoss(GuidedLoss()), **FIT, callbacks=[DGM(.5, **settings)], engine=engine).fit()
     plain, recorded = fitted("eager"), fitted("graphs")
@@ -247,8 +251,8 @@ def test_the_benchmark_compares_engines_before_it_times_them(monkeypatch):
     from bench import engines
     monkeypatch.setattr(engines, "tape_for", lambda device: Tape)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    full = engines.gpu.bench_learner
-    monkeypatch.setattr(engines.gpu, "bench_learner", lambda clips, **kw: full(clips.to("cpu"), **{**kw, "dim": 16}))
+    full = engines.measure.bench_learner
+    monkeypatch.setattr(engines.measure, "bench_learner", lambda clips, **kw: full(clips.to("cpu"), **{**kw, "dim": 16}))
     found = engines.run(rounds=1, sizes=(4,))
     assert found["largest relative loss difference"]["graphs"] == 0 and found["largest relative loss difference"]["compile"] < 1e-5
     assert found["batch 4"]["ratio, graphs to eager"] > 0 and found["batch 4"]["compile, first epoch, s"] > 0

@@ -7,10 +7,10 @@ import torch
 from conftest import close
 
 from avvp_nb.core import read_json, shared
-from avvp_nb.data import Batch
-from avvp_nb.han import HAN, HybridAttention, pooled_frames
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.official import from_official, to_official
+from avvp_nb.data.clips import Batch
+from avvp_nb.methods.han import HAN, HybridAttention, pooled_frames
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.methods.official import from_official, to_official
 
 VARIANTS = ["", "_chirp"]
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from test_han import VARIANTS, fill
 
 from avvp_nb.core import InputError, read_json, shared
-from avvp_nb.data import Batch, Clips
-from avvp_nb.dgm import DGM, DGMNet, MSDULoss
-from avvp_nb.jomold import (
+from avvp_nb.data.clips import Batch, Clips
+from avvp_nb.methods.dgm import DGM, DGMNet, MSDULoss
+from avvp_nb.methods.jomold import (
     ESTIMATOR_LOSS,
     LOSS,
     RECIPE,
@@ -31,10 +31,11 @@ from avvp_nb.jomold import (
     similarities,
     used_ratio,
 )
-from avvp_nb.learner import CheckpointCB, Learner, ValidateCB, predict
-from avvp_nb.losses import GuidedLoss, bce_each, without_removed
+from avvp_nb.methods.losses import GuidedLoss, bce_each, without_removed
+from avvp_nb.methods.official import from_official
 from avvp_nb.metrics import RULES
-from avvp_nb.official import from_official
+from avvp_nb.train.callbacks import CheckpointCB, ValidateCB
+from avvp_nb.train.learner import Learner, predict
 
 TINY = dict(classes=3, audio_dim=8, frame_dim=8, motion_dim=8, dim=16)
 DENOISE = ["epoch1", "epoch2", "epoch2_warm3", "nowarm", "truncation"]
@@ -259,8 +260,8 @@ def test_released_ratios_are_those_of_the_file(llp):
 
 
 def test_released_ratios_are_shares_of_the_training_labels(llp):
-    from avvp_nb.data import load_annotations
-    from avvp_nb.jomold import POSITIVES
+    from avvp_nb.data.annotations import load_annotations
+    from avvp_nb.methods.jomold import POSITIVES
     np.testing.assert_array_equal(load_annotations(llp)["train"].weak.sum(0), POSITIVES)
 
 

@@ -13,25 +13,21 @@ from torch import nn
 
 from avvp_nb import core
 from avvp_nb.core import InputError, file_hash
-from avvp_nb.han import RECIPE
-from avvp_nb.learner import (
+from avvp_nb.methods.han import RECIPE
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.metrics import evaluate
+from avvp_nb.train.callbacks import CheckpointCB, ProgressCB, ScoreCB, ValidateCB, epoch_line
+from avvp_nb.train.learner import (
     Callback,
-    CheckpointCB,
     Learner,
     NotFiniteError,
-    ProgressCB,
-    ScoreCB,
-    ValidateCB,
     batches,
     check_terms,
     deterministic_mode,
-    epoch_line,
     epoch_seed,
     pick_device,
     predict,
 )
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.metrics import evaluate
 
 TRAIN, VALID = toy_clips(60), toy_clips(30, seed=1)
 
@@ -414,7 +410,7 @@ def test_terms_are_checked_with_their_own_batch_numbers():
 
 def test_the_checks_of_a_gpu_run_cover_every_batch(monkeypatch):
     "With 64 batches between two looks, all batches are looked at, whatever their number"
-    from avvp_nb import learner as module
+    from avvp_nb.train import learner as module
     looked = []
     monkeypatch.setattr(module, "check_terms", lambda v, names, epoch, first: looked.extend(range(first, first + len(v))))
     ln = learner(train=toy_clips(150), batch_size=1, epochs=1)
@@ -489,7 +485,7 @@ def test_in_jupyter_one_line_is_replaced(monkeypatch, capsys):
     class Handle:
         shown = []
         def update(self, data, raw): self.shown.append(data["text/plain"])
-    from avvp_nb import learner as module
+    from avvp_nb.train import callbacks as module
     monkeypatch.setattr(module, "_handle", Handle)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     clock = iter(np.arange(0., 1e4, .6))

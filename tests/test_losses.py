@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avvp_nb.core import InputError, Parsing
-from avvp_nb.data import Batch
-from avvp_nb.losses import GuidedLoss, bce, smooth_labels, without_removed
+from avvp_nb.data.clips import Batch
+from avvp_nb.methods.losses import GuidedLoss, bce, smooth_labels, without_removed
 
 probability = st.floats(-.5, 2.1) | st.sampled_from([0., 1., 1e-9, 1 - 1e-9])
 

@@ -6,32 +6,26 @@ import torch
 from conftest import close
 from test_han import fill
 
-from avvp_nb import ma
 from avvp_nb.core import InputError, read_json, shared
-from avvp_nb.data import Batch, Clips, load_annotations
-from avvp_nb.dgm import DGMNet, MSDULoss
-from avvp_nb.han import HAN
-from avvp_nb.learner import Learner, predict
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.ma import (
-    MALoss,
+from avvp_nb.data.annotations import load_annotations
+from avvp_nb.data.clips import Batch, Clips
+from avvp_nb.methods import ma, ma_swap
+from avvp_nb.methods.dgm import DGMNet, MSDULoss
+from avvp_nb.methods.han import HAN
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.methods.ma import MALoss, contrast, contrastive, ma_keys, recipe, similarity
+from avvp_nb.methods.ma_refine import (
     Refinement,
-    assembled,
-    contrast,
-    contrastive,
-    draw_partners,
     error_rates,
     hamming_error,
-    ma_keys,
     read_removed,
-    recipe,
     refine,
     refine_labels,
-    similarity,
-    swap_test,
 )
+from avvp_nb.methods.ma_swap import assembled, draw_partners, swap_test
+from avvp_nb.methods.official import from_official, to_official
 from avvp_nb.metrics import RULES
-from avvp_nb.official import from_official, to_official
+from avvp_nb.train.learner import Learner, predict
 
 VARIANTS = ["", "_chirp"]
 TINY = dict(classes=3, audio_dim=8, frame_dim=8, motion_dim=8, dim=16)
@@ -363,8 +357,8 @@ def test_symmetric_pairs_halve_the_swapped_passes(symmetric, passes, monkeypatch
     partners = draw_partners(weak, symmetric=symmetric)
     if symmetric:
         assert (partners[partners[:, 0], 0] == np.arange(60)).all()
-    real = ma.assembled_from_tracks
-    monkeypatch.setattr(ma, "assembled_from_tracks", lambda m, c, a, v, b: (asked.append(len(a)), real(m, c, a, v, b))[1])
+    real = ma_swap.assembled_from_tracks
+    monkeypatch.setattr(ma_swap, "assembled_from_tracks", lambda m, c, a, v, b: (asked.append(len(a)), real(m, c, a, v, b))[1])
     found = swap_test(toy_model(), clips, partners)
     shared_draws = sum(partners[j, 0] == i for i, j in enumerate(partners[:, 0])) if not symmetric else 0
     assert asked == [passes * 60 - shared_draws]

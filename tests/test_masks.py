@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from avvp_nb.core import InputError
-from avvp_nb.data import Batch, Clips
-from avvp_nb.dgm import DGMNet, MSDULoss
-from avvp_nb.han import HAN, TEMPORAL
-from avvp_nb.jomold import (
+from avvp_nb.data.clips import Batch, Clips
+from avvp_nb.methods.dgm import DGMNet, MSDULoss
+from avvp_nb.methods.han import HAN, TEMPORAL
+from avvp_nb.methods.jomold import (
     DenoiseCB,
     JoMoLD,
     JoMoLDLoss,
@@ -19,11 +19,13 @@ from avvp_nb.jomold import (
     mixture_nce,
     noise_ratios,
 )
-from avvp_nb.learner import Learner, predict, predict_both
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.ma import MALoss, assembled, contrast, draw_partners, looped, refine, swap_test
-from avvp_nb.ma import contrastive as ma_contrastive
-from avvp_nb.mmil import POOLINGS, mmil_pool
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.methods.ma import MALoss, contrast
+from avvp_nb.methods.ma import contrastive as ma_contrastive
+from avvp_nb.methods.ma_refine import refine
+from avvp_nb.methods.ma_swap import assembled, draw_partners, looped, swap_test
+from avvp_nb.methods.mmil import POOLINGS, mmil_pool
+from avvp_nb.train.learner import Learner, predict, predict_both
 
 LENGTHS, C = (9, 4, 6), 5
 SIZES = dict(classes=C, audio_dim=6, frame_dim=7, motion_dim=3, dim=16, dropout=0.)
@@ -257,7 +259,7 @@ def test_denoising_losses_are_those_of_the_single_videos():
     learner = Learner(model, clips, JoMoLDLoss(), batch_size=24, device="cpu")
     learner.batch, learner.projected = clips.batch(slice(None)), None
     got = DenoiseCB(np.zeros(C), np.zeros(C), denoise_eval_mode=True).losses(learner)
-    from avvp_nb.losses import bce_each
+    from avvp_nb.methods.losses import bce_each
     targets = learner.loss.targets(learner.batch)
     model.eval()
     for i, p in enumerate(one_by_one(model, clips, cross_attention=False)):

@@ -15,17 +15,13 @@ from hypothesis.extra import numpy as hnp
 from oracle import score
 
 from avvp_nb.core import CLASSES, InputError, Parsing
+from avvp_nb.counts import LEVELS, METRICS, ONLY, STANDARD, count
 from avvp_nb.metrics import (
     CMPAE_SELECTED,
     FLOORS,
-    LEVELS,
-    METRICS,
-    ONLY,
     RULES,
-    STANDARD,
     Rule,
     average10,
-    count,
     evaluate,
     evaluate_lanes,
     evaluate_videos,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from avvp_nb.core import InputError
-from avvp_nb.mmil import POOLINGS, MMILHead, attentive_pool, max_pool, mean_pool, mmil_pool, tied_call
+from avvp_nb.methods.mmil import POOLINGS, MMILHead, attentive_pool, max_pool, mean_pool, mmil_pool, tied_call
 
 
 def softmax(x):

@@ -8,9 +8,12 @@ import pytest
 import torch
 from micro import toy_han
 
-from avvp_nb import core, data, dgm, metrics, official, runs, simulate
+from avvp_nb import core, metrics, runs
 from avvp_nb.core import Parsing
-from avvp_nb.han import HAN
+from avvp_nb.data import clips as data
+from avvp_nb.data import simulate
+from avvp_nb.methods import dgm, official
+from avvp_nb.methods.han import HAN
 
 SEGMENT = ["A", "V", "AV", "Type@AV", "Event@AV", "Ao", "Vo", "Type@AVo", "Event@AVo"]
 

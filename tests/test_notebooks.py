@@ -20,7 +20,7 @@ def snapshot():
 def execute(nb):
     "One notebook in its own process and on one thread, two at a time being the point"
     env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-    return subprocess.run([sys.executable, "-c", RUN, f"nbs/{nb.path.name}"], cwd=ROOT, env=env, capture_output=True,
+    return subprocess.run([sys.executable, "-c", RUN, f"nbs/{nb.name}.ipynb"], cwd=ROOT, env=env, capture_output=True,
                           text=True, timeout=600)
 
 

@@ -11,8 +11,8 @@ from test_han import fill
 from torch.nn import functional as F
 
 from avvp_nb.core import InputError, read_json, shared
-from avvp_nb.han import HAN
-from avvp_nb.official import from_official, load_official, to_official
+from avvp_nb.methods.han import HAN
+from avvp_nb.methods.official import from_official, load_official, to_official
 
 SMALL = dict(classes=4, audio_dim=6, frame_dim=7, motion_dim=5)
 

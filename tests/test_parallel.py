@@ -16,13 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from avvp_nb import parallel, runs
 from avvp_nb.core import InputError
-from avvp_nb.learner import CheckpointCB, Learner, ScoreCB, predict
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.ma import MALoss
-from avvp_nb.parallel import ParallelLearner, agree, process_group, run_parallel, share
-from avvp_nb.runs import RunSpec, Store, run
+from avvp_nb.methods.losses import GuidedLoss
+from avvp_nb.methods.ma import MALoss
+from avvp_nb.methods.zoo import METHODS
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.records.store import Store
+from avvp_nb.runs import parallel
+from avvp_nb.runs.parallel import ParallelLearner, agree, process_group, run_parallel, share
+from avvp_nb.runs.single import run
+from avvp_nb.train.callbacks import CheckpointCB, ScoreCB
+from avvp_nb.train.learner import Learner, predict
 
 CASES = {  # name: (videos, batch size, loss, options of the toy network)
     "one video left over": (17, 8, GuidedLoss(), {}),
@@ -62,7 +66,7 @@ def no_dropout(setitem=dict.__setitem__):
                 if isinstance(m, torch.nn.MultiheadAttention): m.dropout = 0.
             return model, *rest
         return replace(method, build=build)
-    for name in ("han", "ma"): setitem(runs.METHODS, name, still(runs.METHODS[name]))
+    for name in ("han", "ma"): setitem(METHODS, name, still(METHODS[name]))
 
 
 def torchrun(*args, n=2):
@@ -96,10 +100,10 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_starts(tmp_path, s
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", parallel.SEPARABLE)
+@pytest.mark.parametrize("name", [m for m, entry in METHODS.items() if entry.separable])
 def test_what_is_shared_out_has_no_callbacks_of_its_own(name):
     "They would see a share and take it for the batch"
-    assert runs.METHODS[name].build(RunSpec(name).plain(), {"classes": 3, "audio_dim": 8, "frame_dim": 8, "motion_dim": 8})[2] == []
+    assert METHODS[name].build(RunSpec(name).plain(), {"classes": 3, "audio_dim": 8, "frame_dim": 8, "motion_dim": 8})[2] == []
 
 
 def test_without_torchrun_it_is_said_how(tmp_path, monkeypatch):

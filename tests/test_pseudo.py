@@ -11,18 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avvp_nb.annotations import video_id
 from avvp_nb.core import CLASSES, InputError, Parsing
-from avvp_nb.data import Batch, Clips, load_annotations
-from avvp_nb.dgm import DGMNet, MSDULoss
-from avvp_nb.jomold import JoMoLDLoss
-from avvp_nb.learner import Learner
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.pseudo import (
+from avvp_nb.data.annotations import load_annotations
+from avvp_nb.data.clips import Batch, Clips
+from avvp_nb.data.pseudo import (
     FOLDERS,
-    DenseLoss,
     PseudoParams,
-    dense_bce,
     draw_uniforms,
     find_pseudo,
     label_clips,
@@ -36,7 +30,12 @@ from avvp_nb.pseudo import (
     with_pseudo_labels,
     write_pseudo_layout,
 )
-from avvp_nb.simulate import simulate
+from avvp_nb.data.simulate import simulate
+from avvp_nb.data.tables import video_id
+from avvp_nb.methods.dgm import DGMNet, MSDULoss
+from avvp_nb.methods.jomold import JoMoLDLoss
+from avvp_nb.methods.losses import DenseLoss, GuidedLoss, dense_bce
+from avvp_nb.train.learner import Learner
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_one_wrapping_folder(tmp_path, clips, wrap):
 
 
 def test_missing_files_are_counted_before_any_is_read(layout, clips, monkeypatch):
-    monkeypatch.setattr("avvp_nb.pseudo.read_pseudo", lambda *a: pytest.fail("read something"))
+    monkeypatch.setattr("avvp_nb.data.pseudo.read_pseudo", lambda *a: pytest.fail("read something"))
     with pytest.raises(InputError, match=r"380 of 400 audio files are missing \(simtr000020, (simtr\d+, ){3}simtr000024, \.\.\.\)") as e:
         load_pseudo_labels(layout, clips.ids)
     assert str(layout / FOLDERS["audio"]) in str(e.value)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from avvp_nb import runs
 from avvp_nb.core import InputError
-from avvp_nb.data import load_annotations
+from avvp_nb.data.annotations import load_annotations
+from avvp_nb.methods.zoo import METHODS
 from avvp_nb.metrics import RULES, evaluate
-from avvp_nb.rates import (
+from avvp_nb.results.rates import (
     AVERAGES,
     EVENTS,
     RATES,
@@ -160,13 +161,13 @@ def test_figure_says_it_in_words():
 
 @pytest.fixture(scope="module")
 def micro_runs(tmp_path_factory):
-    before = {k: dict(getattr(runs, k)) for k in ("SCALES", "METHODS")}
+    before = [(d, dict(d)) for d in (runs.SCALES, METHODS)]
     micro.install()
     store = runs.Store(tmp_path_factory.mktemp("runs"))
     records = [runs.run(runs.RunSpec("jomold", scale="micro", seed=s, options={"denoise": False}, epochs=1), store, progress="off") for s in (1, 2)]
     test = runs.load_data(runs.DataSpec(), "micro", store.root / "cache")["test"]
     yield store, records, test
-    for k, v in before.items(): getattr(runs, k).clear(); getattr(runs, k).update(v)
+    for d, held in before: d.clear(); d.update(held)
 
 
 def test_contexts_are_the_two_stored_passes(micro_runs):

@@ -11,9 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from avvp_nb import report as R
 from avvp_nb.core import InputError, content_hash, write_json
-from avvp_nb.metrics import FLOORS, LEVELS, METRICS, RULES, STANDARD, evaluate_videos, floors
+from avvp_nb.counts import LEVELS, METRICS, STANDARD
+from avvp_nb.metrics import FLOORS, RULES, evaluate_videos, floors
+from avvp_nb.results import compare as C
+from avvp_nb.results import groups as G
+from avvp_nb.results import plots as P
+from avvp_nb.results import reported as R
+from avvp_nb.results import table as T
 
 MARK = "simulated v1 seed=0 world=7"
 
@@ -101,15 +106,15 @@ def test_variant_matches_pairs_not_text():
 
 
 def test_notes_reach_the_table_as_daggers():
-    table = R.printed(R.reported("ma", 1, "ma"))
+    table = C.printed(R.reported("ma", 1, "ma"))
     assert "58.9†" in table.to_markdown() and any("58.47" in n for n in table.notes)
-    assert "†" not in R.printed(R.reported("dgm", "VII", "han")).to_markdown()
+    assert "†" not in C.printed(R.reported("dgm", "VII", "han")).to_markdown()
 
 
 # ---------------------------------------------------------------- our numbers
 
 def test_ours_is_mean_and_sample_sd_over_seeds(dgm):
-    table = R.ours(dgm)
+    table = C.ours(dgm)
     values = [[r["metrics"]["han"][lv][m] for r in dgm] for lv, m in table.columns[:-1]]
     np.testing.assert_allclose(table.frame.iloc[0, :-1].astype(float), np.mean(values, 1))
     np.testing.assert_allclose(table.spread.iloc[0, :-1].astype(float), np.std(values, 1, ddof=1))
@@ -120,58 +125,58 @@ def test_ours_is_mean_and_sample_sd_over_seeds(dgm):
 
 
 def test_a_single_seed_has_no_spread(dgm):
-    table = R.ours(dgm[:1])
+    table = C.ours(dgm[:1])
     assert table.rows[0].sd == {} and "±" not in table.text.to_string() and "1 seed" in table.rows[0].source
 
 
 def test_the_same_run_given_twice_counts_once(dgm):
-    assert R.ours(dgm + dgm[:2]).rows[0].info["seeds"] == 3
+    assert C.ours(dgm + dgm[:2]).rows[0].info["seeds"] == 3
 
 
 def test_rule_is_the_records_own_unless_asked(dgm):
-    assert R.ours(dgm).rows[0].info["rule"] == "han"
-    other = R.ours(dgm, rule="ma")
+    assert C.ours(dgm).rows[0].info["rule"] == "han"
+    other = C.ours(dgm, rule="ma")
     mean = np.mean([r["metrics"]["ma"]["event"]["V"] for r in dgm])
     assert other.frame.iloc[0][("event", "V")] == pytest.approx(mean)
-    with pytest.raises(InputError, match="did you mean 'han'"): R.ours(dgm, rule="hann")
+    with pytest.raises(InputError, match="did you mean 'han'"): C.ours(dgm, rule="hann")
 
 
 def test_labels_name_what_differs(dgm, han):
-    names = [r.name for r in R.ours(han + dgm + [toy_record(gamma=0.5)]).rows]
+    names = [r.name for r in C.ours(han + dgm + [toy_record(gamma=0.5)]).rows]
     assert names == ["HAN", "DGM+MSDU on HAN gamma=0.1", "DGM+MSDU on HAN gamma=0.5"]
-    assert [r.name for r in R.ours(dgm + han, label=lambda r: r["spec"]["method"]).rows] == ["dgm", "han"]
+    assert [r.name for r in C.ours(dgm + han, label=lambda r: r["spec"]["method"]).rows] == ["dgm", "han"]
 
 
 def test_different_experiments_are_not_averaged(dgm):
     with pytest.raises(InputError, match="label 'ours': mixes runs that differ in gamma"):
-        R.ours(dgm + [toy_record(gamma=0.5)], label="ours")
-    with pytest.raises(InputError, match="differ in gamma"): R.rules_table(dgm + [toy_record(gamma=0.5)])
+        C.ours(dgm + [toy_record(gamma=0.5)], label="ours")
+    with pytest.raises(InputError, match="differ in gamma"): C.rules_table(dgm + [toy_record(gamma=0.5)])
 
 
 @pytest.mark.parametrize("other, message", [(dict(scale="full"), "different scales: full, tiny"),
                                             (dict(simulated=False), "different data: real, simulated")])
 def test_mixtures_are_refused_or_shown(dgm, other, message):
     records = dgm + [toy_record(9, method="han", **other)]
-    with pytest.raises(InputError, match=message): R.compare(records)
-    table = R.compare(records, mixed=True)
+    with pytest.raises(InputError, match=message): C.compare(records)
+    table = C.compare(records, mixed=True)
     assert len({r.source for r in table.rows if r.kind == "ours"}) == 2
     assert {r.kind for r in table.rows} == {"ours", "floor"}
 
 
-@pytest.mark.parametrize("f", [R.ours, R.compare, R.rules_table, R.plot_modulation, R.provenance,
-                               lambda r: R.plot_losses(r, r)])
+@pytest.mark.parametrize("f", [C.ours, C.compare, C.rules_table, P.plot_modulation, G.provenance,
+                               lambda r: P.plot_losses(r, r)])
 def test_empty_records_are_refused(f):
     with pytest.raises(InputError, match="no run records"): f([])
 
 
 def test_the_same_settings_on_other_data_are_not_repeats(dgm):
     dgm[2]["data"]["identity"] = {"annotations": "other"}
-    with pytest.raises(InputError, match="differ in data.annotations"): R.ours(dgm, label="ours")
+    with pytest.raises(InputError, match="differ in data.annotations"): C.ours(dgm, label="ours")
 
 
 def test_incomplete_records_are_named(dgm):
     del dgm[0]["metrics"]
-    with pytest.raises(InputError, match=f"{dgm[0]['key']}: lacks metrics"): R.ours(dgm)
+    with pytest.raises(InputError, match=f"{dgm[0]['key']}: lacks metrics"): C.ours(dgm)
 
 
 # ---------------------------------------------------------------- simulated is said
@@ -179,18 +184,18 @@ def test_incomplete_records_are_named(dgm):
 @pytest.mark.parametrize("record", [toy_record(mark=""), toy_record(mark="v1 seed=0"),
                                     toy_record(simulated=False, mark=MARK)])
 def test_records_whose_mark_contradicts_their_data_are_refused(record):
-    for f in (lambda: R.compare(record, R.reported("dgm", "VII", "han")), lambda: R.ours(record),
-              lambda: R.provenance(record),
-              lambda: R.plot_modulation(record), lambda: R.table_of(pd.DataFrame({"a": [1]}), "", record)):
+    for f in (lambda: C.compare(record, R.reported("dgm", "VII", "han")), lambda: C.ours(record),
+              lambda: G.provenance(record),
+              lambda: P.plot_modulation(record), lambda: T.table_of(pd.DataFrame({"a": [1]}), "", record)):
         with pytest.raises(InputError, match="never share a table without that mark"): f()
 
 
 def test_a_row_cannot_hide_its_mark():
-    with pytest.raises(InputError, match="does not say so"): R.Row("x", "ours", "ours", {}, info={"mark": MARK})
+    with pytest.raises(InputError, match="does not say so"): T.Row("x", "ours", "ours", {}, info={"mark": MARK})
 
 
 def test_every_simulated_row_says_so_in_every_format(dgm):
-    table = R.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"))
+    table = C.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"))
     for text in (table.to_markdown(), table.to_html(), table.to_latex(), table.to_csv(), repr(table)):
         assert text.count("simulated") >= sum(r.kind != "printed" for r in table.rows)
     assert MARK in table.notes[0]
@@ -198,42 +203,42 @@ def test_every_simulated_row_says_so_in_every_format(dgm):
 
 
 def test_real_runs_are_not_called_simulated():
-    table = R.compare(toy_record(simulated=False), R.reported("dgm", "VII", "han"))
+    table = C.compare(toy_record(simulated=False), R.reported("dgm", "VII", "han"))
     assert "simulated" not in table.to_markdown() and not table.provenance["simulated"]
 
 
 # ---------------------------------------------------------------- compare
 
 def test_differences_are_taken_before_rounding(dgm):
-    table = R.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"))
+    table = C.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"))
     own, printed, diff = table.rows[:3]
     assert (own.kind, printed.kind, diff.kind) == ("ours", "printed", "difference")
     for k in table.columns: assert diff.mean[k] == pytest.approx(own.mean[k] - printed.mean[k])
-    assert re.fullmatch(r"[+−]\d+\.\d", R.cell_text(diff, ("segment", "A")))
+    assert re.fullmatch(r"[+−]\d+\.\d", T.cell_text(diff, ("segment", "A")))
 
 
 def test_printed_rows_are_paired_by_label_or_name(dgm, han):
-    table = R.compare({"a": han, "b": dgm}, {"b": R.reported("dgm", "VI", variant="gamma=0.3")}, floors=False)
+    table = C.compare({"a": han, "b": dgm}, {"b": R.reported("dgm", "VI", variant="gamma=0.3")}, floors=False)
     assert [(r.name, r.kind) for r in table.rows] == [("a", "ours"), ("b", "ours"), ("b", "printed"),
                                                       ("b", "difference")]
-    table = R.compare(han + dgm, R.reported("dgm", "VII"), floors=False)
+    table = C.compare(han + dgm, R.reported("dgm", "VII"), floors=False)
     assert [r.kind for r in table.rows] == ["ours", "printed", "difference"] * 2 + ["printed"] * 2
     assert [r.name for r in table.rows[1:5:3]] == ["HAN", "DGM+MSDU on HAN"]
     with pytest.raises(InputError, match="reported_rows: 'c' is not possible"):
-        R.compare({"a": han}, {"c": R.reported("dgm", "VII", "han")})
-    with pytest.raises(InputError, match="as `reported` returns it"): R.compare(han, pd.DataFrame({"A": [1.0]}))
+        C.compare({"a": han}, {"c": R.reported("dgm", "VII", "han")})
+    with pytest.raises(InputError, match="as `reported` returns it"): C.compare(han, pd.DataFrame({"A": [1.0]}))
 
 
 def test_columns_follow_the_printed_rows(dgm):
-    assert R.compare(dgm).columns == R.columns_for(*STANDARD)
-    assert ("segment", "Ao") in R.compare(dgm, R.reported("coleaf", 6, "coleaf", variant="")).columns
-    assert R.compare(dgm, metrics=("A",)).columns == [("segment", "A"), ("event", "A"), R.AVG]
+    assert C.compare(dgm).columns == C.columns_for(*STANDARD)
+    assert ("segment", "Ao") in C.compare(dgm, R.reported("coleaf", 6, "coleaf", variant="")).columns
+    assert C.compare(dgm, metrics=("A",)).columns == [("segment", "A"), ("event", "A"), R.AVG]
 
 
 def test_floors_go_from_nothing_to_the_oracle(dgm):
-    rows = [r for r in R.compare(dgm).rows if r.kind == "floor"]
+    rows = [r for r in C.compare(dgm).rows if r.kind == "floor"]
     assert [r.name for r in rows] == ["nothing", "weak label", "true segments"]
-    assert not [r for r in R.compare(dgm, floors=False).rows if r.kind == "floor"]
+    assert not [r for r in C.compare(dgm, floors=False).rows if r.kind == "floor"]
 
 
 def test_the_floors_of_the_library_fit():
@@ -241,49 +246,49 @@ def test_the_floors_of_the_library_fit():
     audio, visual = rng.integers(0, 2, (2, 6, 10, 25), dtype=np.uint8)
     table = floors((audio | visual).any(1).astype(float), audio, visual)
     record = toy_record(floors={n: table.loc[n].T.to_dict() for n in FLOORS})
-    rows = [r.name for r in R.compare(record).rows if r.kind == "floor"]
+    rows = [r.name for r in C.compare(record).rows if r.kind == "floor"]
     assert set(rows) == set(FLOORS) and rows[0] == "nothing" and rows[-1].startswith("true segments")
 
 
 def test_floors_must_agree(dgm):
     dgm[1]["floors"]["nothing"]["segment"]["A"] += 1
-    with pytest.raises(InputError, match="floor 'nothing' differs"): R.compare(dgm)
+    with pytest.raises(InputError, match="floor 'nothing' differs"): C.compare(dgm)
 
 
 def test_records_without_floors_give_none(dgm):
     for r in dgm: del r["floors"]
-    assert not [r for r in R.compare(dgm).rows if r.kind == "floor"]
+    assert not [r for r in C.compare(dgm).rows if r.kind == "floor"]
 
 
 def test_stack_keeps_floors_once_and_last(dgm):
-    parts = [R.compare({f"γ={g}": toy_record(gamma=g)}, {f"γ={g}": R.reported("dgm", "VI", variant=f"gamma={g}")},
+    parts = [C.compare({f"γ={g}": toy_record(gamma=g)}, {f"γ={g}": R.reported("dgm", "VI", variant=f"gamma={g}")},
                        gamma=g) for g in (0.1, 0.2, 0.3)]
-    table = R.stack(parts, "VI")
+    table = C.stack(parts, "VI")
     assert [r.kind for r in table.rows] == ["ours", "printed", "difference"] * 3 + ["floor"] * 3
     assert len(table.provenance["runs"]) == 3 and table.provenance["mark"] == MARK
     assert table.provenance["parts"][1]["gamma"] == 0.2
-    with pytest.raises(InputError, match="no tables"): R.stack([])
+    with pytest.raises(InputError, match="no tables"): C.stack([])
 
 
 def test_rules_table_shows_every_rule(dgm):
-    table = R.rules_table(dgm)
+    table = C.rules_table(dgm)
     assert [r.name for r in table.rows] == ["han (own)", "ma"]
-    assert table.columns == R.columns_for(*METRICS)
+    assert table.columns == C.columns_for(*METRICS)
     assert {r.info["rule"] for r in table.rows} <= set(RULES)
 
 
 def test_table_of_any_frame(dgm):
     frame = pd.DataFrame({("segment", "A"): [1.25], ("", "n"): [3], ("", "why"): ["50 %"]}, index=["Speech"])
-    table = R.table_of(frame, "x", dgm, digits=2, tau=0.5)
+    table = T.table_of(frame, "x", dgm, digits=2, tau=0.5)
     assert table.text.iloc[0].tolist() == ["1.25", "3", "50 %"] and table.rows[0].source == "simulated"
     assert table.provenance["parameters"] == {"tau": 0.5}
-    assert R.table_of(pd.DataFrame({"a": [None, 1.0]})).text.iloc[0].tolist() == ["–"]
+    assert T.table_of(pd.DataFrame({"a": [None, 1.0]})).text.iloc[0].tolist() == ["–"]
 
 
 # ---------------------------------------------------------------- formats
 
 @pytest.fixture
-def table(dgm): return R.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"), caption="A & B_1: 50% <γ>",
+def table(dgm): return C.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"), caption="A & B_1: 50% <γ>",
                                  notebook="nbs/dgm.ipynb", gamma=0.1)
 
 
@@ -355,7 +360,7 @@ def test_a_failed_save_leaves_the_old_files(table, tmp_path, monkeypatch):
 def test_records_read_back_from_json_give_the_same_table(dgm, tmp_path):
     for i, r in enumerate(dgm): write_json(r, tmp_path / f"{i}.json")
     back = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
-    assert R.compare(back).to_csv() == R.compare(dgm).to_csv()
+    assert C.compare(back).to_csv() == C.compare(dgm).to_csv()
 
 
 # ---------------------------------------------------------------- figures
@@ -368,18 +373,18 @@ def truth():
 
 def figures(dgm, han, truth):
     names = [f"c{i}" for i in range(5)]
-    return {"losses": R.plot_losses(han, dgm), "modulation": R.plot_modulation(dgm),
-            "timelines": R.plot_timelines(truth, {"BS": truth[::-1], "Our": truth}, [0, 1, 2], classes=names,
+    return {"losses": P.plot_losses(han, dgm), "modulation": P.plot_modulation(dgm),
+            "timelines": P.plot_timelines(truth, {"BS": truth[::-1], "Our": truth}, [0, 1, 2], classes=names,
                                           mark=MARK),
-            "strip": R.strip_plot(truth[0][0], truth[1][0], truth[1][0], truth[0][0], classes=names, mark=MARK)}
+            "strip": P.strip_plot(truth[0][0], truth[1][0], truth[1][0], truth[0][0], classes=names, mark=MARK)}
 
 
 def test_figures_are_marked_described_and_deterministic(dgm, han, truth, tmp_path):
     for name, fig in figures(dgm, han, truth).items():
-        assert MARK in R.drawn_text(fig) and len(fig.get_label()) > 40, name
-        prov = R.provenance(dgm, notebook="nbs/dgm.ipynb", figure=name)
-        svg, png, meta = R.save_figure(fig, tmp_path / "a" / name, prov)
-        again = R.save_figure(figures(dgm, han, truth)[name], tmp_path / "b" / name, prov)
+        assert MARK in P.drawn_text(fig) and len(fig.get_label()) > 40, name
+        prov = G.provenance(dgm, notebook="nbs/dgm.ipynb", figure=name)
+        svg, png, meta = P.save_figure(fig, tmp_path / "a" / name, prov)
+        again = P.save_figure(figures(dgm, han, truth)[name], tmp_path / "b" / name, prov)
         assert svg.read_bytes() == again[0].read_bytes(), name
         assert "dc:date" not in svg.read_text() and fig.get_label().split(".")[0] in " ".join(ET.parse(svg).getroot().itertext())
         assert png.read_bytes()[:4] == b"\x89PNG"
@@ -405,61 +410,61 @@ def test_no_text_of_a_figure_overlaps_another(dgm, han, truth):
 
 
 def test_an_unmarked_figure_of_simulated_data_is_refused(dgm, truth, tmp_path):
-    fig = R.strip_plot(truth[0][0], truth[1][0], classes=list("abcde"))
-    with pytest.raises(InputError, match="does not say so"): R.save_figure(fig, tmp_path / "x", R.provenance(dgm))
+    fig = P.strip_plot(truth[0][0], truth[1][0], classes=list("abcde"))
+    with pytest.raises(InputError, match="does not say so"): P.save_figure(fig, tmp_path / "x", G.provenance(dgm))
     assert not list(tmp_path.iterdir())
 
 
 def test_figures_of_one_epoch_and_one_seed(dgm):
     one = toy_record(epochs=1)
-    assert R.plot_losses(one, one) and R.plot_modulation(one)
+    assert P.plot_losses(one, one) and P.plot_modulation(one)
 
 
 def test_losses_need_both_modalities_and_equal_lengths(dgm, han):
-    with pytest.raises(InputError, match="no dgm 'omega'"): R.plot_modulation(han)
+    with pytest.raises(InputError, match="no dgm 'omega'"): P.plot_modulation(han)
     with pytest.raises(InputError, match="runs of different length"):
-        R.plot_losses([*dgm, toy_record(9, epochs=2)], dgm)
+        P.plot_losses([*dgm, toy_record(9, epochs=2)], dgm)
     for h in han[0]["history"]: del h["loss"]["visual"]
-    with pytest.raises(InputError, match="no loss 'visual'.*it has audio, video there"): R.plot_losses(han, dgm)
+    with pytest.raises(InputError, match="no loss 'visual'.*it has audio, video there"): P.plot_losses(han, dgm)
 
 
 def test_strip_and_timeline_shapes_are_checked(truth):
-    with pytest.raises(InputError, match=r"two arrays \(T, C\)"): R.strip_plot(truth[0], truth[1])
+    with pytest.raises(InputError, match=r"two arrays \(T, C\)"): P.strip_plot(truth[0], truth[1])
     with pytest.raises(InputError, match="nothing is annotated"):
-        R.strip_plot(0 * truth[0][0], 0 * truth[1][0], classes=list("abcde"))
-    with pytest.raises(InputError, match="25 names for 5 classes"): R.strip_plot(truth[0][0], truth[1][0])
-    with pytest.raises(InputError, match="25 names for 5 classes"): R.plot_timelines(truth, {"BS": truth}, [0])
+        P.strip_plot(0 * truth[0][0], 0 * truth[1][0], classes=list("abcde"))
+    with pytest.raises(InputError, match="25 names for 5 classes"): P.strip_plot(truth[0][0], truth[1][0])
+    with pytest.raises(InputError, match="25 names for 5 classes"): P.plot_timelines(truth, {"BS": truth}, [0])
     with pytest.raises(InputError, match="of one shape"):
-        R.plot_timelines(truth, {"BS": (truth[0][:3], truth[1][:3])}, [0])
-    with pytest.raises(InputError, match="0 videos"): R.plot_timelines(truth, {"BS": truth}, [])
+        P.plot_timelines(truth, {"BS": (truth[0][:3], truth[1][:3])}, [0])
+    with pytest.raises(InputError, match="0 videos"): P.plot_timelines(truth, {"BS": truth}, [])
 
 
 def test_a_video_without_events_and_more_classes_than_colours():
     rng = np.random.default_rng(1)
     many = tuple((rng.random((2, 3, 10, 25)) < 0.2).astype(np.uint8))
     for x in many: x[1] = 0
-    fig = R.plot_timelines(many, {"BS": many}, [0, 1], mark=MARK)
+    fig = P.plot_timelines(many, {"BS": many}, [0, 1], mark=MARK)
     assert "video 1: nothing" in fig.get_label()
 
 
 @pytest.mark.parametrize("row, runs", [([], []), ([0, 0], []), ([1], [(0, 1)]), ([1, 1, 0, 1], [(0, 2), (3, 1)]),
                                        ([True, False, True], [(0, 1), (2, 1)])])
 def test_segments_of(row, runs):
-    assert R.segments_of(row) == runs
+    assert P.segments_of(row) == runs
 
 
 def test_pick_videos_follows_its_rule(truth):
     before, after = np.zeros(11), np.arange(11) / 10 - 0.5  # video 5 does not change
-    picked = R.pick_videos(before, after, ids=list("abcdefghijk"), quantiles=(0, 0.5, 1))
+    picked = P.pick_videos(before, after, ids=list("abcdefghijk"), quantiles=(0, 0.5, 1))
     assert picked["id"].tolist()[::2] == ["a", "k"] and 5 not in picked["index"].tolist()
     shuffled = np.random.default_rng(0).permutation(11)
-    again = R.pick_videos(before[shuffled], after[shuffled], ids=np.array(list("abcdefghijk"))[shuffled],
+    again = P.pick_videos(before[shuffled], after[shuffled], ids=np.array(list("abcdefghijk"))[shuffled],
                           quantiles=(0, 0.5, 1))
     assert again["id"].tolist() == picked["id"].tolist()  # the order of the files does not matter
     frames = [evaluate_videos(*p, *truth) for p in (truth[::-1], truth)]
-    assert R.pick_videos(*frames)["difference"].is_monotonic_increasing
-    with pytest.raises(InputError, match="at least 3"): R.pick_videos([0, 1], [1, 1])
-    with pytest.raises(InputError, match="same number"): R.pick_videos([0, 1], [1])
+    assert P.pick_videos(*frames)["difference"].is_monotonic_increasing
+    with pytest.raises(InputError, match="at least 3"): P.pick_videos([0, 1], [1, 1])
+    with pytest.raises(InputError, match="same number"): P.pick_videos([0, 1], [1])
 
 
 # ---------------------------------------------------------------- the first page

@@ -6,16 +6,27 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from avvp_nb import reproduce as P
 from avvp_nb.core import InputError, content_hash, write_json
-from avvp_nb.metrics import LEVELS, METRICS, RULES
-from avvp_nb.report import SELECTED, reported, reported_lines
-from avvp_nb.runs import METHODS, SCALES, DataSpec, RunSpec, Store, identify, run_key
+from avvp_nb.counts import LEVELS, METRICS
+from avvp_nb.data import sources
+from avvp_nb.data.sources import SCALES, DataSpec, identify
+from avvp_nb.methods.method import METHODS
+from avvp_nb.metrics import RULES
+from avvp_nb.records.spec import RunSpec, run_key
+from avvp_nb.records.store import Store
+from avvp_nb.results import compare as comparing
+from avvp_nb.results import groups
+from avvp_nb.results import plans as P
+from avvp_nb.results import rows as W
+from avvp_nb.results import rules as L
+from avvp_nb.results.groups import SELECTED
+from avvp_nb.results.reported import reported, reported_lines
+from avvp_nb.runs import reproduce as R
 
 MARK = "simulated v1 seed=0 world=7"
 GAIN = {"han": 0.0, "ma": 2.0, "jomold": 3.0, "jomold_estimator": -5.0, "dgm": 4.0, "cmpae": 3.0, "coleaf": 5.0, "valor": 4.5}
 ONLY = {"skip": -20.0, "pooled": -30.0}  # points by which the corrected scores of invented records are lower
-ALL = [(p, t) for p, ts in P.TABLES.items() for t in ts]
+ALL = [(p, t) for p, ts in W.TABLES.items() for t in ts]
 each_table = pytest.mark.parametrize("paper, table", ALL)
 
 
@@ -65,7 +76,7 @@ def trained(monkeypatch):
         calls.append(spec)
         return fill(store, [spec])[0]
 
-    monkeypatch.setattr(P, "run", run)
+    monkeypatch.setattr(R, "run", run)
     return calls
 
 
@@ -77,22 +88,22 @@ def test_every_printed_row_is_mapped_or_listed_as_printed_only(paper, table):
     printed = reported(paper, table, dataset=None).reset_index()[["method", "variant"]].drop_duplicates()
     assert [(r.method, r.variant) for r in plan.rows] == list(printed.itertuples(index=False, name=None))
     for r in plan.rows:
-        assert (r.method in P.PRINTED_ONLY) == (not r.specs) == bool(r.reason)
+        assert (r.method in W.PRINTED_ONLY) == (not r.specs) == bool(r.reason)
         assert [s.seed for s in r.specs] in ([], [1, 2, 3])
     assert len({r.label for r in plan.rows}) == len(plan.rows)
 
 
 def test_all_llp_tables_of_f_scores_are_there_and_no_id_is_listed_in_vain():
     lines = reported_lines()
-    part = lines[lines["paper"].isin(P.TABLES) & lines["dataset"].isin(["llp", "unav100"]) & (lines["table"] != "text")]
+    part = lines[lines["paper"].isin(W.TABLES) & lines["dataset"].isin(["llp", "unav100"]) & (lines["table"] != "text")]
     assert set(ALL) == set(part[["paper", "table"]].itertuples(index=False, name=None))
-    assert set(P.BASE) | set(P.PRINTED_ONLY) == {m.partition("@")[0] for m in part["method"]}
-    assert not set(P.BASE) & set(P.PRINTED_ONLY)
+    assert set(W.row_of()) | set(W.PRINTED_ONLY) == {m.partition("@")[0] for m in part["method"]}
+    assert not set(W.row_of()) & set(W.PRINTED_ONLY)
 
 
 @each_table
 def test_distinct_rows_of_a_table_are_distinct_experiments(paper, table):
-    experiments = [(P.experiment(r.specs[0].plain()), r.rule, r.read) for r in P.plan(paper, table).rows if r.specs]
+    experiments = [(W.experiment(r.specs[0].plain()), r.rule, r.read) for r in P.plan(paper, table).rows if r.specs]
     assert len(set(experiments)) == len(experiments)
 
 
@@ -108,7 +119,7 @@ def test_distinct_rows_of_a_table_are_distinct_experiments(paper, table):
     (("coleaf", "6", "jomold", ""), ("dgm", "I", "jomold", ""))])
 def test_the_same_experiment_in_two_tables_is_one_run(a, b):
     specs = [next(r.specs[0] for r in P.plan(*x[:2]).rows if (r.method, r.variant) == x[2:]) for x in (a, b)]
-    assert run_key(specs[0], {}) == run_key(specs[1], {}) and len(P.distinct(specs)) == 1
+    assert run_key(specs[0], {}) == run_key(specs[1], {}) and len(W.distinct(specs)) == 1
 
 
 @pytest.mark.parametrize("method, variant, options", [
@@ -119,18 +130,18 @@ def test_the_same_experiment_in_two_tables_is_one_run(a, b):
     ("dgm+msdu", "gamma=none;msdu=1", {"modulate": False, "msdu": True}),
     ("coleaf", "anchor_loss=bce;selfmo=0;tokens=1;cocls=0", {"anchor_loss": "bce", "selfmo": False, "tokens": True, "cocls": False})])
 def test_variants_become_options(method, variant, options):
-    full = P.system_of(method, variant).spec().full_options
+    full = W.system_of(method, variant).spec().full_options
     assert {k: full[k] for k in options} == options
 
 
 def test_dgm_stands_on_jomold_unless_the_paper_says_otherwise():
-    assert P.system_of("dgm+msdu").spec().backbone == "jomold"
-    assert P.system_of("dgm+msdu@han").spec().backbone == "han"
-    assert all(m in METHODS for m, _ in P.BASE.values())
+    assert W.system_of("dgm+msdu").spec().backbone == "jomold"
+    assert W.system_of("dgm+msdu@han").spec().backbone == "han"
+    assert all(m in METHODS for m, _ in W.row_of().values())
 
 
 def test_coleaf_stands_on_cmpae_unless_the_paper_says_otherwise():
-    assert [P.system_of(m).spec().backbone for m in ("coleaf", "coleaf@han", "coleaf@jomold")] == ["cmpae", "han", "jomold"]
+    assert [W.system_of(m).spec().backbone for m in ("coleaf", "coleaf@han", "coleaf@jomold")] == ["cmpae", "han", "jomold"]
 
 
 def test_labels_and_data_sets_of_coleafs_tables():
@@ -149,11 +160,11 @@ def test_labels_and_data_sets_of_coleafs_tables():
     (lambda: P.plan("dgm", "III"), "table of dgm: 'III' is not possible. expected one of 'I', 'IV'"),
     (lambda: P.plan("ma", 1, "huge"), "scale: 'huge'"), (lambda: P.plan("ma", 1, seeds=[]), "no seeds"),
     (lambda: P.plan("ma", 1, seeds=["one"]), "seed: "),
-    (lambda: P.system_of("cmpae", "thresholds=mine"), "variant 'thresholds=mine': 'mine' is not possible"),
-    (lambda: P.plan("coleaf", 9), "table of coleaf: '9'"), (lambda: P.against_nothing("coleaf", "12"), "table of coleaf: '12'"),
-    (lambda: P.system_of("hann"), "did you mean 'han'"), (lambda: P.system_of("ma", "t=1"), "variant 't=1': 't' is not possible"),
-    (lambda: P.all_tables(None, "VI"), "needs one paper"), (lambda: P.all_specs("x"), "paper: 'x'"),
-    (lambda: P.reproduce("dgm", "II"), "table of dgm: 'II'")])
+    (lambda: W.system_of("cmpae", "thresholds=mine"), "variant 'thresholds=mine': 'mine' is not possible"),
+    (lambda: P.plan("coleaf", 9), "table of coleaf: '9'"), (lambda: L.against_nothing("coleaf", "12"), "table of coleaf: '12'"),
+    (lambda: W.system_of("hann"), "did you mean 'han'"), (lambda: W.system_of("ma", "t=1"), "variant 't=1': 't' is not possible"),
+    (lambda: W.all_tables(None, "VI"), "needs one paper"), (lambda: P.all_specs("x"), "paper: 'x'"),
+    (lambda: R.reproduce("dgm", "II"), "table of dgm: 'II'")])
 def test_unknown_names_are_refused_with_what_is_possible(call, said):
     with pytest.raises(InputError, match=said.replace("(", r"\(")): call()
 
@@ -180,13 +191,13 @@ def test_the_whole_set_holds_every_table_once_with_its_first_stages():
 
 def test_a_sweep_trains_what_is_missing_and_counts_the_whole(store, trained, capsys):
     specs = P.plan("ma", 3, "tiny").specs
-    assert P.sweep(specs, store) == 4 and len(trained) == 4     # three rows and their common base
+    assert R.train_missing(specs, store) == 4 and len(trained) == 4     # three rows and their common base
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "4 runs, 0 of them recorded" and [x[:5] for x in lines[1:]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     assert "left" not in lines[1] and all("left" in x for x in lines[2:])
-    assert P.sweep(P.plan("ma", 2, "tiny").specs, store) == 2
+    assert R.train_missing(P.plan("ma", 2, "tiny").specs, store) == 2
     assert "[3/4]" in capsys.readouterr().out and len(trained) == 6
-    assert P.sweep(specs, store, progress="off") == 0 and capsys.readouterr().out == ""
+    assert R.train_missing(specs, store, progress="off") == 0 and capsys.readouterr().out == ""
 
 
 def test_an_interrupted_sweep_continues(store, monkeypatch):
@@ -197,9 +208,9 @@ def test_an_interrupted_sweep_continues(store, monkeypatch):
         done.append(spec)
         return fill(store, [spec])[0]
 
-    monkeypatch.setattr(P, "run", run)
-    with pytest.raises(KeyboardInterrupt): P.sweep(specs, store, progress="off")
-    assert P.sweep(specs, store, progress="off") == 14 - 5
+    monkeypatch.setattr(R, "run", run)
+    with pytest.raises(KeyboardInterrupt): R.train_missing(specs, store, progress="off")
+    assert R.train_missing(specs, store, progress="off") == 14 - 5
 
 
 def test_a_run_that_diverges_does_not_stop_the_others_and_is_named(store, monkeypatch):
@@ -207,19 +218,19 @@ def test_a_run_that_diverges_does_not_stop_the_others_and_is_named(store, monkey
         if spec.full_options["pooling"] == "max": raise FloatingPointError("loss is nan")
         return fill(store, [spec])[0]
 
-    monkeypatch.setattr(P, "run", run)
+    monkeypatch.setattr(R, "run", run)
     with pytest.raises(FloatingPointError, match=r"2 of 14 runs diverged: han \(.*pooling=max"):
-        P.sweep(P.plan("han", 2, "tiny").specs, store, progress="off")
+        R.train_missing(P.plan("han", 2, "tiny").specs, store, progress="off")
     assert len(store.records()) == 12
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0 s"), (99, "99 s"), (600, "10 min"), (7200, "2.0 h")])
-def test_durations(seconds, text): assert P.duration(seconds) == text
+def test_durations(seconds, text): assert R.duration(seconds) == text
 
 
 # ---------------------------------------------------------------- tables
 
-@pytest.mark.parametrize("paper, table", [x for x in ALL if x not in P.RATES])
+@pytest.mark.parametrize("paper, table", [x for x in ALL if x not in W.RATES])
 def test_each_table_is_rendered_with_printed_numbers_differences_and_floors(paper, table):
     plan = P.plan(paper, table, "tiny", (1, 2))
     records = [record_of(s) for s in plan.specs]
@@ -232,7 +243,7 @@ def test_each_table_is_rendered_with_printed_numbers_differences_and_floors(pape
     row = next(r for r in plan.rows if r.specs)
     own, printed, diff = (t.row(row.label, k) for k in ("ours", "printed", "difference"))
     k = next(k for k in t.columns if k in printed.mean)     # not every table has the same columns
-    values = [r["metrics"][r["rule"]][k[0]][k[1]] for r in records if P.experiment(r["spec"]) == P.experiment(row.specs[0].plain())]
+    values = [r["metrics"][r["rule"]][k[0]][k[1]] for r in records if W.experiment(r["spec"]) == W.experiment(row.specs[0].plain())]
     assert own.mean[k] == pytest.approx(np.mean(values)) and own.sd[k] == pytest.approx(np.std(values, ddof=1))
     assert printed.mean[k] == plan.printed(row).loc[(paper, table, row.method, row.variant, k[0]), k[1]]
     assert diff.mean[k] == pytest.approx(own.mean[k] - printed.mean[k])
@@ -258,12 +269,12 @@ def test_selected_thresholds_are_read_from_the_same_runs():
     for r in records: r["selected"].pop("kept")
     t = P.render(plan, records)
     assert [r.kind for r in t.rows if r.name == "CoLeaF (thresholds=selected)"] == ["printed"] and "Not run yet" in " ".join(t.notes)
-    with pytest.raises(InputError, match="has no selected thresholds"): P.scores(records[0], SELECTED)
+    with pytest.raises(InputError, match="has no selected thresholds"): groups.scores(records[0], SELECTED)
 
 
 def test_table_6_in_three_settings():
     plan = P.plan("coleaf", 6, "tiny", (1, 2))
-    t = P.settings(plan, [record_of(s, noise=0, rules=RULE) for s in plan.specs], common="ma")
+    t = L.settings(plan, [record_of(s, noise=0, rules=RULE) for s in plan.specs], common="ma")
     assert list(t) == ["own", "common", "selected"] and {r.info["rule"] for r in t["common"].rows if r.kind == "ours"} == {"ma"}
     by = {k: x.row("CMPAE").mean["segment", "Ao"] for k, x in t.items()}
     assert by["common"] - by["own"] == pytest.approx(RULE["ma"] - RULE["cmpae"])
@@ -271,11 +282,11 @@ def test_table_6_in_three_settings():
     assert [r.name for r in t["selected"].rows if r.kind == "printed"] == ["CMPAE", "CoLeaF"]
     assert not [r for r in t["common"].rows if r.kind in ("printed", "difference")] and [r for r in t["common"].rows if r.kind == "floor"]
     assert len({x.caption for x in t.values()}) == 3
-    with pytest.raises(InputError, match="common: 'mb'"): P.settings(plan, [], common="mb")
+    with pytest.raises(InputError, match="common: 'mb'"): L.settings(plan, [], common="mb")
 
 
 def test_data_sets_are_not_mixed():
-    llp, unav = (record_of(P.system_of("han").spec(1, "tiny", DataSpec(dataset=d))) for d in ("llp", "unav100"))
+    llp, unav = (record_of(W.system_of("han").spec(1, "tiny", DataSpec(dataset=d))) for d in ("llp", "unav100"))
     assert llp["key"] != unav["key"]
     with pytest.raises(InputError, match="different data sets: llp, unav100"): P.by_experiment([llp, unav])
 
@@ -289,8 +300,8 @@ def test_a_half_finished_table_says_what_is_missing():
 
 
 def test_records_of_another_scale_or_other_data_are_not_taken(store):
-    from avvp_nb.simulate import SimParams
-    spec = P.system_of("han").spec
+    from avvp_nb.data.sim_labels import SimParams
+    spec = W.system_of("han").spec
     other = DataSpec(sim=SimParams(seed=9))
     fill(store, [spec(1, "tiny"), spec(1, "small"), spec(1, "tiny", other)])
     assert len(store.records()) == 3 and len(P.load_records(store, "tiny")) == 1
@@ -299,29 +310,29 @@ def test_records_of_another_scale_or_other_data_are_not_taken(store):
 
 
 def test_reproduce_trains_renders_and_saves_without_machine_paths(store, trained):
-    tables = P.reproduce("dgm", "VI", "tiny", (1, 2), store, progress="off")
+    tables = R.reproduce("dgm", "VI", "tiny", (1, 2), store, progress="off")
     assert list(tables) == ["dgm VI"] and len(trained) == 9 * 2 + 2      # the noise estimator once a seed
     stem = P.table_stem(P.plan("dgm", "VI", "tiny"), store)
     saved = {s: stem.with_name(stem.name + s).read_text() for s in (".md", ".html", ".tex", ".csv", ".json")}
     prov = json.loads(saved[".json"])
     assert len(prov["runs"]) == 18 and prov["simulated"] and prov["parameters"]["data"] == "simulated"
     assert not any(str(store.root) in text for text in saved.values())
-    again = P.reproduce("dgm", "vi", "tiny", (1, 2), store, train=False)
+    again = R.reproduce("dgm", "vi", "tiny", (1, 2), store, train=False)
     assert len(trained) == 20 and again["dgm VI"].to_csv() == saved[".csv"]
 
 
 def test_a_paper_is_all_its_tables_and_several_papers_share_runs(store, trained):
-    tables = P.reproduce(["han", "ma"], scale="tiny", store=store, progress="off")
+    tables = R.reproduce(["han", "ma"], scale="tiny", store=store, progress="off")
     assert list(tables) == ["han 1", "han 2", "ma 1", "ma 2", "ma 3", "ma 4"]
-    assert len({P.experiment(s.plain()) for s in trained}) == len(trained)
+    assert len({W.experiment(s.plain()) for s in trained}) == len(trained)
 
 
 def test_nothing_is_trained_when_the_input_is_wrong(store, trained, tmp_path):
     for wrong in (dict(paper="dgm", table="X"), dict(paper="dgm", scale="x"), dict(paper="dgm", seeds=()),
                   dict(paper="dgm", data=DataSpec(annotations=str(tmp_path / "none")))):
-        with pytest.raises(InputError): P.reproduce(store=store, **wrong)
+        with pytest.raises(InputError): R.reproduce(store=store, **wrong)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="could not be written"): P.reproduce("han", store=tmp_path / "file")
+    with pytest.raises(InputError, match="could not be written"): R.reproduce("han", store=tmp_path / "file")
     assert trained == []
 
 
@@ -334,7 +345,7 @@ def test_a_table_of_real_runs(store, monkeypatch):
     "No invented record: one real run of HAN in a fraction of its size"
     from micro import install
     install(monkeypatch.setitem)
-    t = P.reproduce("han", 1, "micro", store=store, device="cpu", progress="off")["han 1"]
+    t = R.reproduce("han", 1, "micro", store=store, device="cpu", progress="off")["han 1"]
     floors = [r.name for r in t.rows if r.kind == "floor"]
     assert floors[0] == "nothing" and {"true video-level label per modality", "true segments"} <= set(floors)
     assert t.row("HAN").info["seeds"] == 1 and t.mark.startswith("simulated")
@@ -344,15 +355,15 @@ def test_coleafs_tables_of_real_runs(store, monkeypatch):
     "Rates from the probabilities of a real run, and an ablation, in a fraction of their size"
     from micro import install
     install(monkeypatch.setitem)
-    rates = P.reproduce("coleaf", 1, "micro", store=store, device="cpu", progress="off")["coleaf 1"]
+    rates = R.reproduce("coleaf", 1, "micro", store=store, device="cpu", progress="off")["coleaf 1"]
     assert rates.columns[0] == ("A", "U") and rates.mark.startswith("simulated") and len(rates.provenance["runs"]) == 1
     assert rates.provenance["parameters"]["table"] == "1" and (store.root / "tables" / "coleaf_1_micro_simulated.csv").exists()
-    t = P.reproduce("coleaf", 3, "micro", store=store, device="cpu", progress="off")["coleaf 3"]
+    t = R.reproduce("coleaf", 3, "micro", store=store, device="cpu", progress="off")["coleaf 3"]
     assert [r.name for r in t.rows if r.kind == "ours"] == ["CoLeaF (selfmo=0)", "CoLeaF (selfmo=1)"]
     records = P.load_records(store, "micro")
-    own = P.only_table(P.headline(records))
+    own = L.only_table(L.headline(records))
     nothing = {r.source.split("; ")[1]: r.mean["segment", "Vo"] for r in own.rows if r.kind == "floor"}
-    assert nothing["as published"] > 30 and nothing[P.TREATED["skip"]] == nothing[P.TREATED["pooled"]] == 0
+    assert nothing["as published"] > 30 and nothing[L.TREATED["skip"]] == nothing[L.TREATED["pooled"]] == 0
 
 
 # ---------------------------------------------------------------- rules and selection
@@ -360,21 +371,21 @@ def test_coleafs_tables_of_real_runs(store, monkeypatch):
 RULE = {"han": 0.0, "ma": 1.0, "jomold": 2.0, "cmpae": 0.5, "coleaf": -1.0}
 
 
-def seeds_of(method, seeds=(1, 2, 3), **kw): return [record_of(P.system_of(method).spec(s, "tiny"), noise=0, rules=RULE, **kw) for s in seeds]
+def seeds_of(method, seeds=(1, 2, 3), **kw): return [record_of(W.system_of(method).spec(s, "tiny"), noise=0, rules=RULE, **kw) for s in seeds]
 
 
 def test_methods_times_rules():
-    t = P.cross_table({"HAN": seeds_of("han"), "JoMoLD": seeds_of("jomold")}, metrics=[("event", "V")])
+    t = L.cross_table({"HAN": seeds_of("han"), "JoMoLD": seeds_of("jomold")}, metrics=[("event", "V")])
     assert t.columns == [("event V", r) for r in RULES]
     assert t.row("JoMoLD").mean["event V", "coleaf"] - t.row("HAN").mean["event V", "ma"] == pytest.approx(3 - 2)
     assert "own rule jomold" in t.row("JoMoLD").source and t.mark == MARK
-    with pytest.raises(InputError, match="rule of run"): P.cross_table({"HAN": seeds_of("han")}, rules=["x"])
-    with pytest.raises(InputError, match="no run records"): P.cross_table({})
+    with pytest.raises(InputError, match="rule of run"): L.cross_table({"HAN": seeds_of("han")}, rules=["x"])
+    with pytest.raises(InputError, match="no run records"): L.cross_table({})
 
 
 def test_headline_names_the_main_systems():
     records = seeds_of("han") + seeds_of("dgm+msdu@han") + seeds_of("ma_cl_only")
-    assert {k: len(v) for k, v in P.headline(records).items()} == {"HAN": 3, "DGM+MSDU on HAN": 3}
+    assert {k: len(v) for k, v in L.headline(records).items()} == {"HAN": 3, "DGM+MSDU on HAN": 3}
 
 
 # ---------------------------------------------------------------- videos without an event
@@ -383,14 +394,14 @@ def ladder(): return {n: seeds_of(m, (1, 2)) for n, m in (("HAN", "han"), ("CMPA
 
 
 def test_only_scores_are_shown_in_three_ways_with_the_empty_prediction():
-    t = P.only_table(ladder())
+    t = L.only_table(ladder())
     assert [r.name for r in t.rows] == ["HAN"] * 3 + ["CMPAE"] * 3 + ["CoLeaF"] * 3 + ["nothing"] * 3
     published, skip, pooled = (r.mean["segment", "Vo"] for r in t.rows[:3])
     assert skip - published == pytest.approx(ONLY["skip"]) and pooled - published == pytest.approx(ONLY["pooled"])
     assert [r.mean["event", "Ao"] for r in t.rows[-3:]] == [8, 0, 0] and all("simulated" in r.source for r in t.rows)
     assert len([n for n in t.notes if n.startswith("Runs:")]) == 1 and t.notes[-1].count("HAN:") == 1
     old = [{k: v for k, v in r.items() if k != "only"} for r in seeds_of("han")]
-    with pytest.raises(InputError, match="has no corrected scores under han"): P.only_table({"HAN": old})
+    with pytest.raises(InputError, match="has no corrected scores under han"): L.only_table({"HAN": old})
 
 
 def test_the_empty_prediction_of_a_real_record_scores_nothing_where_it_should():
@@ -405,22 +416,22 @@ def test_the_empty_prediction_of_a_real_record_scores_nothing_where_it_should():
 def test_the_change_of_ranking_is_computed():
     groups = ladder()
     for r in groups["CoLeaF"]: r["only"][r["rule"]]["skip"]["segment"]["Vo"] = 0.0
-    row = next(r for r in P.ranking(groups).rows if r.name == "Vo segment")
+    row = next(r for r in L.ranking(groups).rows if r.name == "Vo segment")
     assert row.mean["order, best first", "as published"] == "CoLeaF > CMPAE > HAN > nothing"
-    assert row.mean["order, best first", P.TREATED["skip"]] == "CMPAE > HAN > CoLeaF = nothing"
-    assert row.mean[P.TREATED["skip"], "Kendall τ"] == pytest.approx(-1 / 3) and row.mean[P.TREATED["pooled"], "Kendall τ"] == 1
-    assert row.mean[P.TREATED["skip"], "change places"] == "HAN and CoLeaF; CMPAE and CoLeaF"
-    assert row.mean[P.TREATED["pooled"], "change places"] == "none"
+    assert row.mean["order, best first", L.TREATED["skip"]] == "CMPAE > HAN > CoLeaF = nothing"
+    assert row.mean[L.TREATED["skip"], "Kendall τ"] == pytest.approx(-1 / 3) and row.mean[L.TREATED["pooled"], "Kendall τ"] == 1
+    assert row.mean[L.TREATED["skip"], "change places"] == "HAN and CoLeaF; CMPAE and CoLeaF"
+    assert row.mean[L.TREATED["pooled"], "change places"] == "none"
 
 
 @pytest.mark.parametrize("a, b, tau", [("abc", "abc", 1), ("abc", "cba", -1), ("abc", "bac", 1 / 3)])
 def test_kendalls_tau(a, b, tau):
     before, after = ({n: -s.index(n) for n in "abc"} for s in (a, b))
-    assert P.kendall(before, after) == pytest.approx(tau) and len(P.swapped_pairs(before, after)) == round(3 * (1 - tau) / 2)
+    assert L.kendall(before, after) == pytest.approx(tau) and len(L.swapped_pairs(before, after)) == round(3 * (1 - tau) / 2)
 
 
 def test_printed_scores_are_held_against_the_empty_prediction():
-    t = P.against_nothing()
+    t = L.against_nothing()
     assert [r.name for r in t.rows][0] == "HAN" and len(t.rows) == 7, "rows that print no Ao are left out"
     assert all(r.mean["segment", "Vo"] < 0 for r in t.rows) and "(7 of 7)" in " ".join(t.notes)
     assert t.row("CoLeaF", "difference").mean["segment", "Vo"] == pytest.approx(62.4 - 65.5833, abs=1e-3)
@@ -429,41 +440,41 @@ def test_printed_scores_are_held_against_the_empty_prediction():
 
 def test_the_part_of_a_gain_that_is_the_rule():
     own, ref = seeds_of("jomold"), seeds_of("han", (2, 3, 4))
-    row = P.rule_share(own, ref).rows[0]
+    row = L.rule_share(own, ref).rows[0]
     assert row.mean == pytest.approx({("", "gain"): 5, ("model: both under", "han"): 3, ("model: both under", "jomold"): 3,
                                       ("", "rule"): 2, ("", "rule, % of gain"): 40})
     assert row.info["seeds"] == 2 and len(row.info["runs"]) == 4
-    one = P.rule_share(own, ref, common="cmpae").rows[0].mean
+    one = L.rule_share(own, ref, common="cmpae").rows[0].mean
     assert [k for k in one if k[0]] == [("model: both under", "cmpae")]
 
 
 def test_the_two_ways_to_split_are_averaged():
     own, ref = seeds_of("jomold", (1,))[0], seeds_of("han", (1,))[0]
     own["metrics"]["jomold"]["event"]["A"] += 4        # the rule helps the new method more than the old one
-    parts = P.split_gain(own, ref, ("event", "A"))
+    parts = L.split_gain(own, ref, ("event", "A"))
     assert parts["", "gain"] == pytest.approx(9) and parts["", "rule"] == pytest.approx((6 + 2) / 2)
 
 
 def test_no_share_of_a_gain_that_is_not_there():
-    row = P.rule_share(seeds_of("han", gain=0.1), seeds_of("han")).rows[0]
+    row = L.rule_share(seeds_of("han", gain=0.1), seeds_of("han")).rows[0]
     assert row.mean["", "rule"] == 0 and np.isnan(row.mean["", "rule, % of gain"])
     with pytest.raises(InputError, match=r"no seed in common: \[1\] and \[2\]"):
-        P.rule_share(seeds_of("ma", (1,)), seeds_of("han", (2,)))
+        L.rule_share(seeds_of("ma", (1,)), seeds_of("han", (2,)))
 
 
 def test_gains_under_every_rule_and_their_picture():
     groups = {"HAN": seeds_of("han"), "JoMoLD": seeds_of("jomold")}
-    frame = P.gains(groups, "HAN")
+    frame = L.gains(groups, "HAN")
     assert frame.loc["JoMoLD"].to_dict() == pytest.approx({"own rules": 5, **dict.fromkeys(RULES, 3)})
-    assert "JoMoLD: +5.0 under own rules, +3.0 to +3.0" in P.plot_gains(groups, "HAN").get_label()
-    with pytest.raises(InputError, match="reference: 'x'"): P.gains(groups, "x")
+    assert "JoMoLD: +5.0 under own rules, +3.0 to +3.0" in L.plot_gains(groups, "HAN").get_label()
+    with pytest.raises(InputError, match="reference: 'x'"): L.gains(groups, "x")
 
 
 def test_selection_metrics_pick_from_history_with_ties_to_the_later_epoch():
     frame = pd.DataFrame({"event/A": [1.0, 2.0, 2.0, 1.0]}, index=[1, 2, 3, 4])
-    assert P.picked_epoch(frame, "event/A") == 3 and P.picked_epoch(frame, "last") == 4
-    with pytest.raises(InputError, match="selector: 'x'"): P.picked_epoch(frame, "x")
-    t = P.selection_effect({"HAN": seeds_of("han")})
+    assert L.picked_epoch(frame, "event/A") == 3 and L.picked_epoch(frame, "last") == 4
+    with pytest.raises(InputError, match="selector: 'x'"): L.picked_epoch(frame, "x")
+    t = L.selection_effect({"HAN": seeds_of("han")})
     epochs = [r.mean["kept", "epoch"] for r in t.rows]
     assert epochs == [3, 3, 3, 4] and "unknown" in t.notes[-1]
     assert t.rows[2].mean["validation score there", "avg10"] - t.rows[3].mean["validation score there", "avg10"] == pytest.approx(1)
@@ -471,34 +482,34 @@ def test_selection_metrics_pick_from_history_with_ties_to_the_later_epoch():
 
 def test_a_history_without_validation_is_refused():
     for history in ([], [{"epoch": 1, "val": {}}], [{"epoch": 1}]):
-        with pytest.raises(InputError, match="has no validation scores"): P.validation({"key": "k", "history": history})
+        with pytest.raises(InputError, match="has no validation scores"): L.validation({"key": "k", "history": history})
 
 
 # ---------------------------------------------------------------- the command
 
 def parse(*argv):
     p = argparse.ArgumentParser()
-    P.add_arguments(p)
+    R.add_arguments(p)
     return p.parse_args([str(a) for a in argv])
 
 
 def test_the_command(store, trained, capsys, monkeypatch):
-    P.cmd_reproduce(parse("ma", "--table", 4, "--scale", "tiny", "--seeds", 1, 2, "--out", store.root, "--progress", "off"))
+    R.cmd_reproduce(parse("ma", "--table", 4, "--scale", "tiny", "--seeds", 1, 2, "--out", store.root, "--progress", "off"))
     out = capsys.readouterr().out
     assert "**MA, Table 4, at scale tiny" in out and "1 table saved below" in out and len(trained) == 16
-    P.cmd_reproduce(parse("coleaf", "--table", 5, "--scale", "tiny", "--seeds", 1, "--out", store.root))
+    R.cmd_reproduce(parse("coleaf", "--table", 5, "--scale", "tiny", "--seeds", 1, "--out", store.root))
     assert "| CoLeaF on HAN |" in capsys.readouterr().out
-    monkeypatch.setattr(P, "rates_table", lambda records, *a, **kw: P.compare({"CMPAE": records}))     # needs probabilities
-    P.cmd_reproduce(parse("all", "--scale", "tiny", "--seeds", 1, "--out", store.root))
+    monkeypatch.setattr(P, "rates_table", lambda records, *a, **kw: comparing.compare({"CMPAE": records}))     # needs probabilities
+    R.cmd_reproduce(parse("all", "--scale", "tiny", "--seeds", 1, "--out", store.root))
     assert "19 tables saved below" in capsys.readouterr().out
     n = len(trained)
-    P.cmd_reproduce(parse("dgm", "--scale", "tiny", "--seeds", 1, "--out", store.root, "--no-train"))
+    R.cmd_reproduce(parse("dgm", "--scale", "tiny", "--seeds", 1, "--out", store.root, "--no-train"))
     assert len(trained) == n
-    with pytest.raises(InputError, match="paper: 'x'"): P.cmd_reproduce(parse("x"))
+    with pytest.raises(InputError, match="paper: 'x'"): R.cmd_reproduce(parse("x"))
 
 
 def test_the_arguments_say_where_the_data_are():
-    llp, unav = P.data_of(parse("ma", "--annotations", "a", "--features", "f", "--audio-table", "2020", "--pseudo-labels", "p", "--unav-annotations", "u"))
+    llp, unav = sources.data_of(parse("ma", "--annotations", "a", "--features", "f", "--audio-table", "2020", "--pseudo-labels", "p", "--unav-annotations", "u"))
     assert (llp.annotations, llp.features, llp.audio_table, llp.pseudo_labels) == ("a", "f", "2020", "p")
     assert (unav.dataset, unav.annotations, unav.features) == ("unav100", "u", None)
-    assert isinstance(P.System("han").spec(data=llp), RunSpec)
+    assert isinstance(W.System("han").spec(data=llp), RunSpec)

@@ -20,14 +20,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from avvp_nb import cli, runs
+from avvp_nb import cli
 from avvp_nb.core import InputError, file_hash, read_json, write_json
-from avvp_nb.data import load_annotations, pack
-from avvp_nb.han import RECIPE
-from avvp_nb.learner import predict
+from avvp_nb.data import sources
+from avvp_nb.data.annotations import load_annotations
+from avvp_nb.data.packed import pack
+from avvp_nb.data.sim_files import write_simulated
+from avvp_nb.data.sim_labels import SimParams
+from avvp_nb.data.simulate import oracle_labels, simulate
+from avvp_nb.data.sources import DataSpec, identify, load_data
+from avvp_nb.methods.han import RECIPE
+from avvp_nb.methods.zoo import METHODS
 from avvp_nb.metrics import RULES, evaluate
-from avvp_nb.runs import DataSpec, RunSpec, Store, identify, load_data, load_weights, run, run_key, run_many
-from avvp_nb.simulate import SimParams, oracle_labels, simulate, write_simulated
+from avvp_nb.records import weights
+from avvp_nb.records.spec import RunSpec, run_key
+from avvp_nb.records.store import Store
+from avvp_nb.records.weights import load_weights
+from avvp_nb.runs import single
+from avvp_nb.runs.single import run
+from avvp_nb.runs.stacked import run_many
+from avvp_nb.train.learner import predict
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 EMBEDDED = {"annotations": "embedded"}
@@ -119,7 +131,7 @@ def test_what_would_fail_later_is_refused_at_once(make, name):
 def test_an_int_is_a_number_and_options_are_complete():
     spec = RunSpec("dgm", {"gamma": 1})
     assert spec.options == {"gamma": 1.} and type(spec.options["gamma"]) is float
-    assert spec.full_options == {**runs.DGM_OPTIONS, "gamma": 1.} and spec.protocol == "ogm_ge" and RunSpec().protocol == "official"
+    assert spec.full_options == {**METHODS["dgm"].options, "gamma": 1.} and spec.protocol == "ogm_ge" and RunSpec().protocol == "official"
     assert RunSpec("dgm", protocol="paper").full_options["apply"] == "update"
     assert hash(spec) == hash(RunSpec("dgm", {"gamma": 1.})) and spec == RunSpec("dgm", {"gamma": 1.})
 
@@ -127,9 +139,9 @@ def test_an_int_is_a_number_and_options_are_complete():
 def test_scales_and_recipes():
     assert RunSpec(scale="full").recipe() == RECIPE == {"lr": 3e-4, "batch_size": 16, "epochs": 40, "step": 10, "factor": .1,
                                                         "select": "segment/Type@AV"}
-    assert [runs.SCALES["full"].train, runs.SCALES["full"].val, runs.SCALES["full"].test] == [10_000, 649, 1200]
-    assert (runs.SCALES["tiny"].train, runs.SCALES["tiny"].test, RunSpec(scale="tiny").recipe()["epochs"]) == (600, 300, 4)
-    assert (runs.SCALES["small"].train, RunSpec(scale="small").recipe()["step"]) == (4000, 6)
+    assert [sources.SCALES["full"].train, sources.SCALES["full"].val, sources.SCALES["full"].test] == [10_000, 649, 1200]
+    assert (sources.SCALES["tiny"].train, sources.SCALES["tiny"].test, RunSpec(scale="tiny").recipe()["epochs"]) == (600, 300, 4)
+    assert (sources.SCALES["small"].train, RunSpec(scale="small").recipe()["step"]) == (4000, 6)
     own = RunSpec("dgm", backbone="han", scale="tiny", epochs=2, select="segment/A").recipe()
     assert (own["epochs"], own["select"], own["step"], own["lr"]) == (2, "segment/A", 3, 3e-4)
 
@@ -143,7 +155,7 @@ OTHER = {"han": {"temporal": "none", "pooling": "max", "loss": "guided", "noisy"
 
 @pytest.mark.parametrize("method", OTHER)
 def test_every_option_is_part_of_the_address(method):
-    assert set(OTHER[method]) == set(runs.METHODS[method].options), "a new option: give it another value here"
+    assert set(OTHER[method]) == set(METHODS[method].options), "a new option: give it another value here"
     keys = [run_key(RunSpec(method, {k: v}), EMBEDDED) for k, v in OTHER[method].items()]
     assert len({*keys, run_key(RunSpec(method), EMBEDDED)}) == len(keys) + 1 and all(k.startswith(f"{method}-") for k in keys)
 
@@ -153,13 +165,13 @@ def test_everything_else_of_a_spec_is_part_of_the_address():
     others = [{"seed": 2}, {"scale": "tiny"}, {"epochs": 3}, {"select": "last"}, {"rule": "cmpae"}, {"precision": "bf16"}]
     specs = [base, RunSpec("han", scale="full"), RunSpec("dgm", protocol="paper", scale="full")]
     specs += [dataclasses.replace(base, **kw) for kw in others]
-    specs += [RunSpec("dgm", backbone=b, scale="full") for b in runs.METHODS["dgm"].backbones if b != base.backbone]
+    specs += [RunSpec("dgm", backbone=b, scale="full") for b in METHODS["dgm"].backbones if b != base.backbone]
     assert len({run_key(s, EMBEDDED) for s in specs}) == len(specs)
 
 
 def test_the_sizes_of_a_scale_are_part_of_the_address(monkeypatch):
     before = run_key(spec_of(), EMBEDDED)
-    monkeypatch.setitem(runs.SCALES, "micro", dataclasses.replace(micro.SCALE, train=64))
+    monkeypatch.setitem(sources.SCALES, "micro", dataclasses.replace(micro.SCALE, train=64))
     assert run_key(spec_of(), EMBEDDED) != before
 
 
@@ -234,7 +246,7 @@ def test_a_record_is_complete(done):
             "metrics", "floors", "probabilities"} <= set(r)
     assert r["format"] == 1 and r["key"] == run_key(spec, r["data"]["identity"]) and r == read_json(store.record_path(r["key"]))
     assert {"method", "backbone", "options", "scale", "seed", "protocol", "recipe", "rule", "precision"} <= set(r["spec"])
-    assert r["spec"]["options"] == {**runs.DGM_OPTIONS, "gamma": .3} and r["seed"] == r["spec"]["seed"] == 1
+    assert r["spec"]["options"] == {**METHODS["dgm"].options, "gamma": .3} and r["seed"] == r["spec"]["seed"] == 1
     assert r["data"]["simulated"] is True and r["data"]["mark"].startswith("simulated")
     assert r["data"]["n"] == {"train": 48, "val": 16, "test": 16}
     assert r["data"]["source"]["fingerprint"] and r["data"]["identity"]["annotations"] == "embedded"
@@ -332,8 +344,8 @@ def test_what_is_left_behind(done):
 
 def test_a_second_call_reads(done, monkeypatch):
     store, r, spec = done
-    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(runs, "load_data", lambda *_, **__: pytest.fail("loaded again"))
+    monkeypatch.setattr(single, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(single, "load_data", lambda *_, **__: pytest.fail("loaded again"))
     before = files(store.root)
     assert go(spec, store) == r and go(spec, str(store.root)) == r and run_many([spec, spec], store, progress="off") == [r, r]
     assert files(store.root) == before
@@ -409,7 +421,7 @@ def test_a_missing_feature_file_is_refused_before_training(written, tmp_path, mo
     shutil.copytree(written, folder)
     gone = sorted((folder / "feats" / "res152").glob("*.npy"))[7]
     gone.unlink()
-    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(single, "train", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(InputError, match=f"{gone.name}: missing.*fetch it"):
         go(spec_of("han", data=DataSpec(str(folder / "data"), str(folder))), tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("records/*"))
@@ -425,7 +437,7 @@ def test_a_wrong_feature_file_is_refused_before_training(written, tmp_path, monk
     shutil.copytree(written, folder)
     path = sorted((folder / "feats" / "vggish").glob("*.npy"))[2]
     np.save(path, spoil(np.load(path)))
-    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(single, "train", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(InputError, match=rf"{path.name}.*({said})"):
         go(spec_of("han", data=DataSpec(str(folder / "data"), str(folder))), tmp_path / "runs")
 
@@ -497,7 +509,7 @@ def test_damaged_weights_are_refused(copied, content):
 def test_weights_for_other_classes_are_refused(done):
     "By the first class that differs; a file of an older version can only be too short or too long"
     store, record, spec = done
-    path, names = store.weight_path(record["key"]), runs.class_names(load_data(spec.data, spec.scale)["test"])
+    path, names = store.weight_path(record["key"]), weights.class_names(load_data(spec.data, spec.scale)["test"])
     assert load_weights(path, names)[1]["classes"] == names
     for classes, message in [(names[1:] + names[:1], f"its class 0 is {names[0]!r}"), (names + ["Rain"], "its class"), (names[:-1], "its class")]:
         with pytest.raises(InputError, match=message) as e: load_weights(path, classes)
@@ -524,7 +536,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     def stop(*_): raise Stop
     store, spec = Store(tmp_path), spec_of("han")
     with pytest.MonkeyPatch.context() as m, pytest.raises(Stop):
-        m.setattr(runs, "finish", stop)
+        m.setattr(single, "finish", stop)
         go(spec, store)
     left = next(tmp_path.glob("checkpoints/*.pt"))
     other = spec_of("han", seed=2)
@@ -536,7 +548,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
 @pytest.mark.parametrize("where", ["out", "out/deeper"])
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, where):
     (tmp_path / "out").write_text("a file")
-    for name in ("load_data", "train"): monkeypatch.setattr(runs, name, lambda *_, **__: pytest.fail("worked"))
+    for name in ("load_data", "train"): monkeypatch.setattr(single, name, lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(InputError, match=r"out.*could not be written.*what was there before is intact"): go(spec_of(), tmp_path / where)
     assert (tmp_path / "out").read_text() == "a file" and len(list(tmp_path.iterdir())) == 1
 
@@ -764,7 +776,7 @@ def test_tiny_profile(full_size, tmp_path):
 def train_small(data):
     "HAN at the small scale on given clips; segment-level metrics of its test clips"
     def scores(checkpoint):
-        done, _ = runs.train(RunSpec("han", scale="small"), data, checkpoint, "x", device="cpu", progress="off")
+        done, _ = single.train(RunSpec("han", scale="small"), data, checkpoint, "x", device="cpu", progress="off")
         decided = RULES["han"].decide(predict(done.model, data["test"]))
         return evaluate(*decided, data["test"].dense_audio, data["test"].dense_visual).loc["segment"]
     return scores
@@ -788,6 +800,6 @@ def test_small_profile(full_size, weak):
 def test_oracle_labels_beat_weak_ones(full_size, small_data, weak, tmp_path):
     "Simulator, section 8 item 10: knowing what is really seen is worth five points in V"
     audio, visual = oracle_labels(small_data["train"])
-    informed = runs.Data({**small_data, "train": small_data["train"].with_labels(audio=audio, visual=visual)})
+    informed = sources.Data({**small_data, "train": small_data["train"].with_labels(audio=audio, visual=visual)})
     informed.identity = small_data.identity
     assert train_small(informed)(tmp_path / "c.pt")["V"] >= weak["V"] + 5

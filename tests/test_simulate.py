@@ -7,12 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from avvp_nb import simulate as S
-from avvp_nb.annotations import load_annotations, with_facts
 from avvp_nb.core import CLASSES, InputError, asset, read_json, write_json
-from avvp_nb.features import layout_source, load_layout, pack, pool_frames
+from avvp_nb.data import sim_files as W
+from avvp_nb.data import sim_labels as L
+from avvp_nb.data import simulate as S
+from avvp_nb.data.annotations import load_annotations, with_facts
+from avvp_nb.data.features import layout_source, pool_frames
+from avvp_nb.data.packed import load_layout, pack
+from avvp_nb.data.sim_labels import C, SimParams, T, simulate_labels
+from avvp_nb.data.simulate import simulate
 from avvp_nb.metrics import floors
-from avvp_nb.simulate import C, SimParams, T, simulate, simulate_labels
 
 ARRAYS = ("audio", "frames", "motion")
 SILENT = dict(style=0, salience=0, class_spread=0, background=0, jitter_audio=0, jitter_visual=0, frame_jitter=0, context_leak=0)
@@ -58,8 +62,8 @@ def test_shapes_and_ranges(split, frames, seed):
     assert c.weak.dtype == np.float32 and c.dense_audio.dtype == np.uint8 and c.oracle == (split == "train")
 
 
-@pytest.mark.parametrize("split", S.SPLITS)
-@pytest.mark.parametrize("kind", S.OPTIONS["labels"])
+@pytest.mark.parametrize("split", L.SPLITS)
+@pytest.mark.parametrize("kind", L.OPTIONS["labels"])
 def test_everything_has_something_audible(split, kind):
     labels = simulate_labels(None if kind == "bank" else 600, split=split, params=SimParams(labels=kind))
     assert labels.audio.any((1, 2)).all() and (labels.weak.sum(1) >= 1).all()
@@ -103,8 +107,8 @@ def test_seed_argument_overrides_params():
 
 
 def test_ids_are_unique_and_cut_to_eleven_characters():
-    ids = [i for s in S.SPLITS for i in simulate_labels(split=s).ids]
-    assert len({i[:11] for i in ids}) == len(ids) == sum(S.SIZES.values())
+    ids = [i for s in L.SPLITS for i in simulate_labels(split=s).ids]
+    assert len({i[:11] for i in ids}) == len(ids) == sum(L.SIZES.values())
     assert all(i[11:] == "_0_10" for i in ids)
 
 
@@ -119,7 +123,7 @@ def test_pooled_is_the_mean_of_the_eight_frames():
 # ---- 4 statistics of the labels -------------------------------------------------------------------------------
 
 def test_label_noise_of_the_training_split(train):
-    d, weak = S.describe_labels(train), train.weak > 0
+    d, weak = L.describe_labels(train), train.weak > 0
     assert d["P(audible if labelled)"] == pytest.approx(0.96, abs=0.01)
     assert d["P(visible if labelled)"] == pytest.approx(0.64, abs=0.02)
     assert d["P(visible if labelled Speech)"] == pytest.approx(0.22, abs=0.02)
@@ -143,14 +147,14 @@ def test_missing_labels_scales_the_extra_classes():
 
 
 def test_label_sets_are_those_of_the_split():
-    sizes = {s: simulate_labels(split=s).weak.sum(1) for s in S.SPLITS}
+    sizes = {s: simulate_labels(split=s).weak.sum(1) for s in L.SPLITS}
     assert sizes["train"].max() == 3 and sizes["test"].max() > 3
     assert simulate_labels(split="test", params=SimParams(label_sets="train")).weak.sum(1).max() <= 3
     assert sizes["train"].mean() == pytest.approx(1.606, abs=0.03)
 
 
 def test_durations(train):
-    d = S.describe_labels(train)
+    d = L.describe_labels(train)
     for k, mean, full in (("audio", 5.7, .34), ("visual", 7.3, .57), ("av", 6.0, .36)):
         assert d[f"mean {k} event (s)"] == pytest.approx(mean, abs=0.15)
         assert d[f"{k} events that fill the clip"] == pytest.approx(full, abs=0.025)
@@ -187,7 +191,7 @@ def test_floors_of_the_chain_miss_static_pictures(real, llp_stats):
 
 
 def test_bank_is_rebuilt_from_the_real_files(real):
-    assert S.build_bank(real) == read_json(asset("llp_label_bank.json"))
+    assert L.build_bank(real) == read_json(asset("llp_label_bank.json"))
 
 
 def test_bank_names_no_video(real):
@@ -196,7 +200,7 @@ def test_bank_names_no_video(real):
 
 
 def test_bank_agrees_with_the_published_statistics(llp_stats):
-    bank, raw = S.load_bank(), read_json(asset("llp_label_bank.json"))
+    bank, raw = L.load_bank(), read_json(asset("llp_label_bank.json"))
     freq = pd.read_csv(llp_stats/"class_frequency.csv").query("split == 'train'")
     np.testing.assert_allclose(bank.prior["train"], freq.n_videos/10_000)
     chain = pd.read_csv(llp_stats/"state_transitions.csv")
@@ -341,7 +345,7 @@ def test_marginals():
 
 def test_the_generator_is_the_one_its_version_names():
     "Pinned values: if this fails, the output has changed and VERSION must change with it"
-    assert S.VERSION == "1"
+    assert L.VERSION == "1"
     labels = simulate_labels(50)
     assert [int(x.sum()) for x in (labels.weak, labels.hidden, labels.audio, labels.visual)] == [77, 84, 589, 454]
     a, b = simulate(1), simulate(1, split="test", start=5, seed=3, frames="full")
@@ -396,7 +400,7 @@ def test_oracle_labels_lie_within_the_weak_label():
 def test_mark_and_provenance_travel():
     c = simulate(6, frames=None, params=SimParams(context_leak=0, seed=3))
     assert c.mark == c[1:3].mark == "simulated v1 seed=3 world=7 embedded labels [context_leak=0]"
-    assert c.source["simulated"] is True and c.source["version"] == S.VERSION and c.source["params"]["context_leak"] == 0
+    assert c.source["simulated"] is True and c.source["version"] == L.VERSION and c.source["params"]["context_leak"] == 0
     assert c.mark in repr(c)
 
 
@@ -410,7 +414,7 @@ def test_fingerprints_tell_contents_apart():
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 def test_authors_layout_round_trip(tmp_path):
-    root = S.write_simulated(tmp_path/"llp", {"train": 9, "val": 3, "test": 4}, chunk=4, seed=2)
+    root = W.write_simulated(tmp_path/"llp", {"train": 9, "val": 3, "test": 4}, chunk=4, seed=2)
     read = load_annotations(root/"data")
     assert layout_source(root/"feats")["mark"] == simulate(1, seed=2).mark
     for split, n in (("train", 9), ("val", 3), ("test", 4)):
@@ -427,14 +431,14 @@ def test_authors_layout_round_trip(tmp_path):
 
 
 def test_packing_to_float16_equals_direct_float16(tmp_path):
-    root = S.write_simulated(tmp_path/"llp", {"train": 3, "test": 2})
+    root = W.write_simulated(tmp_path/"llp", {"train": 3, "test": 2})
     direct = simulate(3, dtype="float16")
     store = pack(root/"feats", tmp_path/"store", direct.ids, dtype="float16", progress=False)
     assert all(np.array_equal(np.asarray(getattr(store, k)), getattr(direct, k)) for k in ARRAYS)
 
 
 def test_layout_with_real_annotations_writes_features_only(tmp_path, real):
-    root = S.write_simulated(tmp_path/"x", {"val": 3}, annotations=real)
+    root = W.write_simulated(tmp_path/"x", {"val": 3}, annotations=real)
     assert sorted(p.name for p in root.iterdir()) == ["feats"]
     assert sorted(p.stem for p in (root/"feats"/"vggish").glob("*.npy")) == sorted(real["val"].video_ids[:3])
 
@@ -443,63 +447,63 @@ def test_annotations_that_were_not_simulated_are_never_overwritten(tmp_path):
     (tmp_path/"data").mkdir()
     (tmp_path/"data"/"AVVP_val_pd.csv").write_text("somebody's own")
     with pytest.raises(InputError, match="data: holds annotations that were not simulated. .*choose another folder; nothing was written"):
-        S.write_simulated(tmp_path, {"train": 2})
+        W.write_simulated(tmp_path, {"train": 2})
     assert [p.name for p in tmp_path.rglob("*")] == ["data", "AVVP_val_pd.csv"]
     (tmp_path/"data"/"AVVP_val_pd.csv").unlink()
-    S.write_simulated(tmp_path, {"train": 2})
-    S.write_simulated(tmp_path, {"train": 2})                  # its own may be written again
+    W.write_simulated(tmp_path, {"train": 2})
+    W.write_simulated(tmp_path, {"train": 2})                  # its own may be written again
 
 
 def test_a_layout_is_not_mixed_from_two_simulations(tmp_path):
-    S.write_simulated(tmp_path, {"train": 2})
+    W.write_simulated(tmp_path, {"train": 2})
     with pytest.raises(InputError, match="features of another source"):
-        S.write_simulated(tmp_path, {"train": 2}, seed=1)
+        W.write_simulated(tmp_path, {"train": 2}, seed=1)
 
 
 def test_cache(tmp_path):
-    a = S.cached_simulate(tmp_path, 10, split="val", chunk=3)
-    b = S.cached_simulate(tmp_path, 10, split="val")
+    a = W.cached_simulate(tmp_path, 10, split="val", chunk=3)
+    b = W.cached_simulate(tmp_path, 10, split="val")
     direct = simulate(10, split="val")
     assert len(list(tmp_path.iterdir())) == 1 and isinstance(b.audio, np.memmap)
     assert a.source == b.source == direct.source and not b.frames.flags.writeable
     assert all(np.array_equal(getattr(b, k), getattr(direct, k)) for k in ARRAYS)
-    S.cached_simulate(tmp_path, 10, split="val", seed=1)
-    S.cached_simulate(tmp_path, 10, split="val", frames=None)
+    W.cached_simulate(tmp_path, 10, split="val", seed=1)
+    W.cached_simulate(tmp_path, 10, split="val", frames=None)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_interrupted_cache_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*args, **kw): raise KeyboardInterrupt
-    monkeypatch.setattr(S, "fill_features", interrupted)
+    monkeypatch.setattr(W, "fill_features", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        S.cached_simulate(tmp_path, 4)
+        W.cached_simulate(tmp_path, 4)
     assert not list(tmp_path.iterdir())
 
 
 def test_cache_of_a_faster_process_is_used(tmp_path, monkeypatch):
-    finish = S.fill_features
+    finish = W.fill_features
     def slow(out, labels, **kw):
         finish(out, labels, **kw)
-        monkeypatch.setattr(S, "fill_features", finish)
-        assert len(S.cached_simulate(tmp_path, 4)) == 4  # somebody else publishes the same folder meanwhile
-    monkeypatch.setattr(S, "fill_features", slow)
-    assert len(S.cached_simulate(tmp_path, 4)) == 4
+        monkeypatch.setattr(W, "fill_features", finish)
+        assert len(W.cached_simulate(tmp_path, 4)) == 4  # somebody else publishes the same folder meanwhile
+    monkeypatch.setattr(W, "fill_features", slow)
+    assert len(W.cached_simulate(tmp_path, 4)) == 4
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_damaged_cache_is_named(tmp_path):
-    S.cached_simulate(tmp_path, 3)
+    W.cached_simulate(tmp_path, 3)
     manifest = next(tmp_path.glob("*/manifest.json"))
     write_json({**read_json(manifest), "version": "0"}, manifest)
     with pytest.raises(InputError, match="manifest does not match.*delete this folder"):
-        S.cached_simulate(tmp_path, 3)
+        W.cached_simulate(tmp_path, 3)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", list(S.RANGES))
+@pytest.mark.parametrize("name", list(L.RANGES))
 def test_every_parameter_is_checked(name):
-    low, high = S.RANGES[name]
+    low, high = L.RANGES[name]
     for bad in (low - 1, high*2 + 1, "1", True, float("nan"), None):
         with pytest.raises(InputError, match=f"{name}: .*from {low} to"):
             SimParams(**{name: bad})
@@ -507,7 +511,7 @@ def test_every_parameter_is_checked(name):
 
 
 def test_parameters_and_ranges_name_the_same_things():
-    assert {f.name for f in fields(SimParams)} == set(S.RANGES) | set(S.OPTIONS)
+    assert {f.name for f in fields(SimParams)} == set(L.RANGES) | set(L.OPTIONS)
 
 
 @pytest.mark.parametrize("call,message", [
@@ -521,9 +525,9 @@ def test_parameters_and_ranges_name_the_same_things():
     (lambda: simulate(3, workers=-1), "workers: -1"),
     (lambda: simulate(0), "n >= 1"),
     (lambda: simulate(3, start=-1), "start >= 0"),
-    (lambda: simulate(2, start=S.MAX_VIDEOS - 1), "start \\+ n <= 1000000"),
+    (lambda: simulate(2, start=L.MAX_VIDEOS - 1), "start \\+ n <= 1000000"),
     (lambda: S.simulate_splits("large"), "profile: 'large'"),
-    (lambda: S.cached_simulate("x", 3, sed=1), "did you mean 'seed'"),
+    (lambda: W.cached_simulate("x", 3, sed=1), "did you mean 'seed'"),
     (lambda: simulate(1, annotations=SimpleNamespace(ids=["a"], weak=np.zeros((1, 3)), audio=None, visual=None)), "expected \\(N,25\\)"),
     (lambda: simulate(2, annotations=SimpleNamespace(ids=["a"], weak=np.zeros((1, C)), audio=None, visual=None)), "start \\+ n <= 1"),
 ])
@@ -536,7 +540,7 @@ def test_refusals(call, message):
 
 def test_card_holds_the_generated_facts(request):
     card = (request.config.rootpath/"data_cards"/"llp_sim.md").read_text(encoding="utf-8")
-    assert with_facts(card, S.sim_facts()) == card
+    assert with_facts(card, W.sim_facts()) == card
 
 
 @pytest.mark.slow

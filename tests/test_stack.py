@@ -10,19 +10,27 @@ import numpy as np
 import pytest
 import torch
 
-from avvp_nb import learner as learning
-from avvp_nb import runs, stack
-from avvp_nb.cmpae import CMPAE, CMPAELoss, StepCB
+from avvp_nb import runs
 from avvp_nb.core import InputError
-from avvp_nb.dgm import DGM, DGMNet, MSDULoss
-from avvp_nb.jomold import DenoiseCB, JoMoLD, JoMoLDLoss, NoiseEstimator
-from avvp_nb.learner import Callback, CheckpointCB, Learner, ScoreCB, ValidateCB, batches, predict_both
-from avvp_nb.losses import GuidedLoss
-from avvp_nb.ma import MALoss
-from avvp_nb.mmil import MMILHead
-from avvp_nb.pseudo import DenseLoss
-from avvp_nb.runs import RunSpec, Store
-from avvp_nb.stack import Lane, StackedLearner, StackFailure, plan_stacks, run_stacked, stack_key, why_not
+from avvp_nb.data import sim_labels as labels_
+from avvp_nb.methods import zoo
+from avvp_nb.methods.cmpae import CMPAE, CMPAELoss, StepCB
+from avvp_nb.methods.dgm import DGM, DGMNet, MSDULoss
+from avvp_nb.methods.jomold import DenoiseCB, JoMoLD, JoMoLDLoss, NoiseEstimator
+from avvp_nb.methods.losses import DenseLoss, GuidedLoss
+from avvp_nb.methods.ma import MALoss
+from avvp_nb.methods.mmil import MMILHead
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.records.store import Store
+from avvp_nb.runs import single, stacked
+from avvp_nb.runs.stacked import StackFailure, plan_stacks, run_stacked, stack_key
+from avvp_nb.train import lanes as lanes_
+from avvp_nb.train import learner as learner_module
+from avvp_nb.train import stack
+from avvp_nb.train.callbacks import CheckpointCB, ScoreCB, ValidateCB
+from avvp_nb.train.lanes import Lane, why_not
+from avvp_nb.train.learner import Callback, Learner, batches, predict_both
+from avvp_nb.train.stack import StackedLearner
 
 TRAIN, VALID = micro.toy_clips(60), micro.toy_clips(30, seed=1)
 FIT = dict(lr=5e-3, batch_size=16, epochs=5, step=3, device="cpu")  # 5 epochs of 4 steps
@@ -141,7 +149,7 @@ def test_each_run_of_a_stack_is_the_run_alone(name):
 
 @pytest.mark.parametrize("name", ["dgm", "dgm without msdu", "dgm on jomold", "jomold", "jomold alike"])
 def test_callbacks_one_by_one_say_the_same_as_their_joint_form(name, monkeypatch):
-    monkeypatch.setattr(stack, "JOINT", {})
+    monkeypatch.setattr(stack, "joint", lambda kind, moment: None)
     alone, lanes, _ = together(RUNS[name])
     same(alone, lanes)
 
@@ -192,20 +200,20 @@ def generators(*seeds): return [torch.Generator().manual_seed(s) for s in seeds]
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_masks_keep_the_right_share_and_belong_to_their_run(at_once):
-    notes = [stack.Mask((40, 50), .1, torch.float32), stack.Mask((30, 70), .5, torch.bfloat16)]
-    a, b = (stack.drawn(notes, generators(*s), at_once) for s in ((1, 2), (2, 3, 1)))
+    notes = [lanes_.Mask((40, 50), .1, torch.float32), lanes_.Mask((30, 70), .5, torch.bfloat16)]
+    a, b = (lanes_.drawn(notes, generators(*s), at_once) for s in ((1, 2), (2, 3, 1)))
     assert torch.equal(a[0][0], b[0][2]) and torch.equal(a[1][1], b[1][0]) and not torch.equal(a[0][0], a[0][1])
     for m, note in zip(a, notes):
         assert m.dtype == note.dtype and m.shape == (2, *note.shape)
         assert m.float().mean().item() == pytest.approx(1, abs=.05)
         assert sorted(m.unique().tolist()) == pytest.approx([0, 1 / (1 - note.p)], rel=1e-2)
-    assert stack.drawn([], generators(1), at_once) == []
+    assert lanes_.drawn([], generators(1), at_once) == []
 
 
 def test_masks_drawn_at_once_do_not_depend_on_the_neighbours(monkeypatch):
     "As on a GPU"
-    original = stack.drawn
-    monkeypatch.setattr(stack, "drawn", lambda masks, generators, at_once: original(masks, generators, True))
+    original = lanes_.drawn
+    monkeypatch.setattr(lanes_, "drawn", lambda masks, generators, at_once: original(masks, generators, True))
     few, many, other = ([jomold(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in rs] for rs in ((0, 1), (2, 1, 3, 0), (0,)))
     for lanes in (few, many, other): StackedLearner(lanes).fit()
     same(few, [many[3], many[1]])
@@ -307,7 +315,7 @@ def test_losses_that_vmap_cannot_take_are_computed_one_by_one():
 
 
 def test_equal_losses_are_recognised_and_no_others():
-    m = stack.meaning
+    m = lanes_.meaning
     assert m(GuidedLoss()) == m(GuidedLoss()) != m(GuidedLoss(eps_audio=.1)) != m(JoMoLDLoss(eps_audio=.1))
     assert m(MSDULoss(GuidedLoss(), .5)) == m(MSDULoss(GuidedLoss(), .5)) != m(MSDULoss(GuidedLoss(), .6))
     assert m(MALoss(GuidedLoss(), tau=.3)) != m(MALoss())
@@ -452,7 +460,7 @@ def test_lanes_are_validated_together(name, seconds, monkeypatch):
     make = VALIDATED[name]
     alone = [make(r, lambda *a, **k: Learner(*a, **{**FIT, **k})).fit() for r in range(4)]
     monkeypatch.setattr(stack, "SECONDS", seconds)
-    for f in ("predict", "predict_both"): monkeypatch.setattr(learning, f, refuse)
+    for f in ("predict", "predict_both"): monkeypatch.setattr(learner_module, f, refuse)
     lanes = [make(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in range(4)]
     whole = StackedLearner(lanes).fit()
     assert not whole.failed and not whole.apart
@@ -657,7 +665,7 @@ def small_networks(monkeypatch): micro.install(monkeypatch.setitem)
 
 
 def spec(method="han", seed=1, **kw):
-    options = {k: kw.pop(k) for k in list(kw) if k in runs.METHODS[method].options}
+    options = {k: kw.pop(k) for k in list(kw) if k in zoo.METHODS[method].options}
     return RunSpec(method, options, seed=seed, **{"scale": "micro", **kw})
 
 
@@ -676,7 +684,7 @@ def test_specs_that_share_a_stack(a, b):
 
 @pytest.mark.parametrize("a, b", [
     (want(), want(protocol="paper")), (want(), want(pooling="max")), (want(), want(share_layer=False)), (want(), want(epochs=2)),
-    (want(), want(precision="bf16")), (want(), want(scale="tiny")), (want(), want(data=runs.DataSpec(sim=runs.SimParams(audio_snr=1.)))),
+    (want(), want(precision="bf16")), (want(), want(scale="tiny")), (want(), want(data=runs.DataSpec(sim=labels_.SimParams(audio_snr=1.)))),
     (want("dgm"), want("dgm", msdu=False)), (want("dgm"), want("dgm", msdu_gradient=False)), (want("dgm"), want("dgm", backbone="han")),
     (want(), want("ma", epochs=4)), (want(loss="guided"), want()), (want("jomold"), want("jomold_estimator"))])
 def test_specs_that_do_not(a, b):
@@ -696,13 +704,13 @@ def test_reasons_against_a_stack_are_named(one, reason):
 
 
 def test_every_callback_of_a_method_is_either_tried_or_a_reason():
-    for name, method in runs.METHODS.items():
+    for name, method in zoo.METHODS.items():
         for backbone in method.backbones or (None,):
             kw = {"labels": "clip+clap"} if name == "valor" else {}
             one = RunSpec(name, backbone=backbone, scale="micro", **kw)
-            callbacks = method.build(one.plain(), stack.NOMINAL, None)[2]
-            untried = [type(cb).__name__ for cb in callbacks if type(cb).__name__ not in stack.STACKABLE]
-            assert (stack.look(one).reason is not None) == bool(untried), (name, untried)
+            callbacks = method.build(one.plain(), stacked.NOMINAL, None)[2]
+            untried = [type(cb).__name__ for cb in callbacks if not cb.stackable]
+            assert (stacked.look(one).reason is not None) == bool(untried), (name, untried)
 
 
 def test_a_head_that_is_tied_is_a_reason():
@@ -714,23 +722,23 @@ def test_a_head_that_is_tied_is_a_reason():
 
 def test_the_size_of_a_stack_follows_the_memory(monkeypatch):
     clips = micro.toy_clips(32)
-    one = stack.run_bytes(spec(), clips)
+    one = stacked.run_bytes(spec(), clips)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (10 * one + clips.nbytes, 0))
-    monkeypatch.setattr(stack, "pick_device", torch.device)
-    assert stack.stack_size(spec(), clips, "cuda") == int(stack.SHARE * 10)
+    monkeypatch.setattr(stacked, "pick_device", torch.device)
+    assert stacked.stack_size(spec(), clips, "cuda") == int(stacked.SHARE * 10)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (10**15, 0))
-    assert stack.stack_size(spec(), clips, "cuda") == stack.STACK_LIMIT
+    assert stacked.stack_size(spec(), clips, "cuda") == stacked.STACK_LIMIT
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (0, 0))
-    assert stack.stack_size(spec(), clips, "cuda") == 1
-    assert stack.stack_size(spec(), clips, "cpu") > 1     # 32 dimensions
-    monkeypatch.setattr(stack, "SMALL", 1000)
-    assert stack.stack_size(spec(), clips, "cpu") == 1
+    assert stacked.stack_size(spec(), clips, "cuda") == 1
+    assert stacked.stack_size(spec(), clips, "cpu") > 1     # 32 dimensions
+    monkeypatch.setattr(stacked, "SMALL", 1000)
+    assert stacked.stack_size(spec(), clips, "cpu") == 1
 
 
 def test_saved_bytes_counts_what_the_backward_pass_needs():
     x = torch.ones(1000, requires_grad=True)
-    assert stack.saved_bytes(lambda: x + 1) == 0 and stack.saved_bytes(lambda: x.exp()) == 4000
-    assert stack.saved_bytes(lambda: x.exp().exp()) == 8000
+    assert stacked.saved_bytes(lambda: x + 1) == 0 and stacked.saved_bytes(lambda: x.exp()) == 4000
+    assert stacked.saved_bytes(lambda: x.exp().exp()) == 8000
 
 
 # --- from specs to records -------------------------------------------------------------------------------------------
@@ -778,7 +786,7 @@ def test_stacks_say_how_large_they_were_and_first_stages_are_stacked_too(finishe
 
 def test_what_is_there_is_not_trained_again(finished, monkeypatch):
     (a, records), _ = finished
-    monkeypatch.setattr(stack, "make_lane", None)
+    monkeypatch.setattr(stacked, "make_lane", None)
     assert go(mixed(), a) == records
     assert go([mixed()[1], mixed()[1]], a) == [records[1]] * 2
 
@@ -836,8 +844,8 @@ def test_an_interrupted_stack_may_go_on_as_single_runs(tmp_path, monkeypatch, fi
 SCRIPT = """
 import sys; sys.path.insert(0, {tests!r})
 import micro
-from avvp_nb.runs import RunSpec
-from avvp_nb.stack import run_stacked
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.runs.stacked import run_stacked
 micro.install(); micro.die_at({moment})
 run_stacked([RunSpec("han", scale="micro", seed=s) for s in (1, 2)], {store!r}, "cpu", "off")
 """
@@ -850,22 +858,22 @@ def test_a_killed_process_leaves_a_store_that_goes_on(tmp_path, finished):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     store = Store(tmp_path)
     specs = [spec(), spec(seed=2)]
-    keys = [stack.StackRunner(store, "cpu", "off").key(s) for s in specs]
-    assert sorted(stack.epoch_of(store, k) for k in keys) == [1, 2]
+    keys = [stacked.StackRunner(store, "cpu", "off").key(s) for s in specs]
+    assert sorted(stacked.epoch_of(store, k) for k in keys) == [1, 2]
     for x, y in zip(go(specs, store), finished[1][1]): close(x["metrics"], y["metrics"], 1e-3)
     assert not list(store.root.glob("*/.*.part"))
 
 
 def wild(monkeypatch, method, seed, error=None):
     "Let the runs of a method with this seed fail"
-    original = runs.METHODS[method]
+    original = zoo.METHODS[method]
     def loss(p, b):
         if error: raise error
         return {"video": p.video.sum() * torch.nan}
     def build(plain, sizes, product=None):
         model, good, callbacks = original.build(plain, sizes, product)
         return model, loss if plain["seed"] == seed else good, callbacks
-    monkeypatch.setitem(runs.METHODS, method, replace(original, build=build))
+    monkeypatch.setitem(zoo.METHODS, method, replace(original, build=build))
 
 
 @pytest.mark.parametrize("error, said", [(None, "'video' is nan in epoch 1, batch 1"), (ZeroDivisionError("oops"), "ZeroDivisionError: oops")])
@@ -887,11 +895,11 @@ def test_a_first_stage_that_fails_is_named_by_what_needs_it(tmp_path, monkeypatc
 
 
 def test_a_run_that_cannot_be_recorded_costs_nobody_else(tmp_path, monkeypatch):
-    original = runs.finish
+    original = single.finish
     def finish(store, record, *args):
         if record["seed"] == 1: raise OSError("disk full")
         return original(store, record, *args)
-    monkeypatch.setattr(runs, "finish", finish)
+    monkeypatch.setattr(stacked, "finish", finish)
     with pytest.raises(StackFailure, match="disk full") as e: go([spec(seed=s) for s in (1, 2, 3)], tmp_path)
     assert [r is None for r in e.value.records] == [True, False, False]
 
@@ -920,7 +928,7 @@ def test_a_single_run_that_has_no_room_is_a_failure(tmp_path, monkeypatch):
         def after_loss(self, learner):
             if learner.seed == 2: raise torch.OutOfMemoryError("CUDA out of memory")
             super().after_loss(learner)
-    monkeypatch.setattr(runs, "ScoreCB", Greedy)
+    monkeypatch.setattr(single, "ScoreCB", Greedy)
     with pytest.raises(StackFailure, match="out of memory") as e: go([spec(seed=s) for s in (1, 2, 3)], tmp_path)
     assert [r is None for r in e.value.records] == [False, True, False]
 
@@ -937,7 +945,7 @@ def test_locks_are_taken_in_the_order_of_their_names_and_given_back(tmp_path):
         def lock(self, key):
             taken.append(key)
             return super().lock(key)
-    with stack.locked(Spy(tmp_path), ["c", "a", "b"]):
+    with stacked.locked(Spy(tmp_path), ["c", "a", "b"]):
         assert taken == ["a", "b", "c"] and Store(tmp_path).lock("a").acquire.__self__ is not None
         with pytest.raises(TimeoutError): Store(tmp_path).lock("b").acquire(timeout=0)
     with Store(tmp_path).lock("b"): pass
@@ -948,7 +956,7 @@ def test_a_stack_holds_the_locks_of_its_runs_while_it_trains(tmp_path, monkeypat
     original = StackedLearner.fit
     def fit(self):
         for s in (1, 2):
-            key = stack.StackRunner(tmp_path, "cpu", "off").key(spec(seed=s))
+            key = stacked.StackRunner(tmp_path, "cpu", "off").key(spec(seed=s))
             with pytest.raises(TimeoutError): Store(tmp_path).lock(key).acquire(timeout=0)
             seen.append(key)
         return original(self)
@@ -964,7 +972,7 @@ def test_an_impossible_device_is_refused_before_any_work(tmp_path):
 def test_specs_that_are_one_run_are_trained_once(tmp_path):
     "Equal keys in one list would wait for each other's lock"
     other = spec(data=runs.DataSpec(audio_table="2020"))     # of no consequence for embedded labels: the same run
-    assert other != spec() and stack.StackRunner(tmp_path, "cpu", "off").key(other) == stack.StackRunner(tmp_path, "cpu", "off").key(spec())
+    assert other != spec() and stacked.StackRunner(tmp_path, "cpu", "off").key(other) == stacked.StackRunner(tmp_path, "cpu", "off").key(spec())
     a, b, _ = go([spec(), other, spec(seed=2)], tmp_path)
     assert a == b
 

@@ -10,12 +10,24 @@ from hypothesis import strategies as st
 from torch import nn
 
 from avvp_nb.core import InputError
-from avvp_nb.dgm import DGMNet
-from avvp_nb.han import HAN, HybridAttention
-from avvp_nb.learner import CheckpointCB, Learner, ValidateCB, predict, predict_both
-from avvp_nb.losses import bce
-from avvp_nb.pseudo import with_pseudo_labels
-from avvp_nb.valor import BASE_LOSS, LOSS, PLUS, RECIPE, RULE, VALOR, MultiHeadHybrid, ValorCB, split_heads, warm_cosine
+from avvp_nb.data.pseudo import with_pseudo_labels
+from avvp_nb.methods.dgm import DGMNet
+from avvp_nb.methods.han import HAN, HybridAttention
+from avvp_nb.methods.losses import bce
+from avvp_nb.methods.valor import (
+    BASE_LOSS,
+    LOSS,
+    PLUS,
+    RECIPE,
+    RULE,
+    VALOR,
+    MultiHeadHybrid,
+    ValorCB,
+    split_heads,
+    warm_cosine,
+)
+from avvp_nb.train.callbacks import CheckpointCB, ValidateCB
+from avvp_nb.train.learner import Learner, predict, predict_both
 
 TINY = {**micro.SIZES, "heads": 4, "hidden": 24}
 

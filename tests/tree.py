@@ -37,7 +37,8 @@ def ignored(path):
 class Notebook:
     "A committed notebook"
     def __init__(self, path):
-        self.path, self.name = path, path.stem
+        self.path, home = path, ROOT / "nbs"
+        self.name = path.relative_to(home).with_suffix("").as_posix() if path.is_relative_to(home) else path.stem
         self.cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
 
     def of(self, kind):
@@ -57,4 +58,5 @@ class Notebook:
 
 
 EXPORT = re.compile(r"^#\s*\|\s*export[is]?\b", re.M)
-NOTEBOOKS = [Notebook(p) for p in sorted((ROOT / "nbs").glob("*.ipynb")) if not p.name.startswith("_")]
+NOTEBOOKS = [Notebook(p) for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+             if not p.name.startswith("_") and ".ipynb_checkpoints" not in p.parts]

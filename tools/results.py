@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import median
 
 from avvp_nb.core import InputError, read_json
-from avvp_nb.report import compare, reported
-from avvp_nb.reproduce import plan, recorded, render
-from avvp_nb.runs import METHODS
+from avvp_nb.methods.method import METHODS
+from avvp_nb.results.compare import compare
+from avvp_nb.results.plans import plan, recorded, render
+from avvp_nb.results.reported import reported
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
