@@ -46,8 +46,8 @@ coleaf: $(STAMP) ## CoLeaF's Tables 1 to 8, at the tiny scale; options as for dg
 smoke: ## the main job at its smallest scale, in seconds
 	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
 
-test: $(STAMP) ## the whole test suite, with coverage; leaves the tree as it is
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow" --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+test: $(STAMP) ## the whole test suite, with coverage, in as many processes as there are cores; leaves the tree as it is
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow" -n $${JOBS:-auto} --maxprocesses 8 --dist loadfile --cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
 check: $(STAMP) ## in seconds: modules in step with notebooks, notebooks clean, ruff
 	$(PY) tools/check.py

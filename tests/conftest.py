@@ -7,6 +7,15 @@ import pytest
 from avvp_nb.core import shared
 
 
+LONGEST = ("test_notebooks", "test_notebook_papers", "test_notebook_dgm", "test_parallel", "test_cluster")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take longest come first, so that parallel processes end together"
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 def _folder(name):
     path = shared(name)
     if not path.is_dir():
