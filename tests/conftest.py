@@ -6,7 +6,6 @@ import pytest
 
 from avvp_nb.core import shared
 
-
 LONGEST = ("test_notebooks", "test_notebook_papers", "test_notebook_dgm", "test_parallel", "test_cluster")
 
 
