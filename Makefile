@@ -31,6 +31,9 @@ $(PY) -m papermill nbs/$@.ipynb "$$nb" -p out runs/$@ $(QUIET) $(ARGS) \
 && echo "Executed notebook: $$nb"
 endef
 
+# Threads that wait sleep: a busy neighbour costs little then, and no number changes (nbs/train/06_threads.ipynb)
+dgm han ma coleaf: export OMP_WAIT_POLICY ?= passive
+
 dgm: $(STAMP) ## main job: run nbs/dgm.ipynb; options as ARGS="-p gamma 0.2 -p scale tiny"
 	$(run_notebook)
 

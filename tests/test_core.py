@@ -290,8 +290,8 @@ def test_declared_parameters_are_checked_and_returned(injected, want):
 
 
 @pytest.mark.parametrize("injected, message", [
-    ("gama = 0.3", "gama: no such parameter. did you mean 'gamma'?.*nothing was run"), ("gamma = '0.3'", "gamma: '0.3' is a str"),
-    ("seeds = 1", "seeds: 1 is a int"), ("seeds = ['1']", r"seeds\[0\]"), ("quite_different = 1", "quite_different: no such parameter. possible"),
+    ("gama = 0.3", "gama: no such parameter. did you mean 'gamma'?.*nothing was run"), ("gamma = '0,3'", "gamma: '0,3' is a str"),
+    ("seeds = {1: 2}", "seeds: {1: 2} is a dict"), ("seeds = ['x']", r"seeds\[0\]"), ("quite_different = 1", "quite_different: no such parameter. possible"),
     ("gamma = None", "gamma: None"), ("out = 5", "out: 5 is a int")])
 def test_unknown_names_and_wrong_types_stop(injected, message):
     with pytest.raises(InputError, match=message): notebook(DECLARED, injected, before=BEFORE)

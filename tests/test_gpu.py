@@ -362,7 +362,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(source, tmp_path):
+def copy(source, tmp_path, small):
     "A copy of it that may be spoilt"
     shutil.copytree(source, tmp_path / "copy")
     return tmp_path / "copy"
@@ -426,7 +426,7 @@ def test_a_differing_record_is_never_overwritten(source, rival, tmp_path):
 
 
 @pytest.mark.parametrize("moment", range(6))
-def test_an_interrupted_merge_leaves_no_record_without_its_files(source, tmp_path, monkeypatch, moment):
+def test_an_interrupted_merge_leaves_no_record_without_its_files(source, small, tmp_path, monkeypatch, moment):
     home, count, right = tmp_path / "home", [0], merging.copy_file
 
     def fail(a, b):
@@ -443,7 +443,7 @@ def test_an_interrupted_merge_leaves_no_record_without_its_files(source, tmp_pat
     assert content(home) == {k: v for k, v in content(source).items() if k.split("/")[0] in merging.PARTS}
 
 
-def test_merge_from_a_shell(source, tmp_path, capsys):
+def test_merge_from_a_shell(source, small, tmp_path, capsys):
     p = argparse.ArgumentParser()
     merging.add_merge_arguments(p)
     merging.cmd_merge(p.parse_args([str(source), str(tmp_path / "home"), "--parts", "records"]))

@@ -409,10 +409,11 @@ def test_make_bench_measures_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bench.scoring", good)
     monkeypatch.setitem(sys.modules, "bench.training", broken)
     monkeypatch.setitem(sys.modules, "bench.engines", broken)
+    monkeypatch.setitem(sys.modules, "bench.threads", broken)
     monkeypatch.chdir(tmp_path)
     assert bench.main([]) == 1
     out, err = capsys.readouterr()
-    assert "no disk" in err and "not measured, see above: training, engines" in out and "torch" in out
+    assert "no disk" in err and "not measured, see above: training, engines, threads" in out and "torch" in out
     assert [line.split() for line in out.splitlines()[1:5]] == [
         ["benchmark", "quantity", "value"], ["scoring", "videos", "7"], ["scoring", "large:", "1:", "equal", "True"],
         ["scoring", "ratio", "to", "loops", "123.5"]]

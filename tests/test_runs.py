@@ -293,7 +293,7 @@ def test_stored_probabilities_reproduce_the_metrics(done, rule):
     path = store.probability_path(r["key"])
     assert r["probabilities"] == {"file": path.relative_to(store.root).as_posix(), "sha256": file_hash(path)}
     with np.load(path, allow_pickle=False) as z: arrays = {k: z[k] for k in z.files}
-    assert all(v.dtype == np.float16 for v in arrays.values()) and arrays["segments"].shape == (16, 10, 2, 25)
+    assert all(v.dtype == np.float16 for k, v in arrays.items() if k not in ("ids", "classes")) and arrays["segments"].shape == (16, 10, 2, 25)
     test = simulate(16, split="test")
     rows = oracle.score(*by_hand(arrays, rule), test.dense_audio, test.dense_visual)
     for level in ("segment", "event"):
@@ -549,7 +549,7 @@ def test_the_checkpoint_of_another_run_is_refused(tmp_path):
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch, where):
     (tmp_path / "out").write_text("a file")
     for name in ("load_data", "train"): monkeypatch.setattr(single, name, lambda *_, **__: pytest.fail("worked"))
-    with pytest.raises(InputError, match=r"out.*could not be written.*what was there before is intact"): go(spec_of(), tmp_path / where)
+    with pytest.raises(InputError, match=r"out.*could not be written.*choose another output folder"): go(spec_of(), tmp_path / where)
     assert (tmp_path / "out").read_text() == "a file" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -670,7 +670,7 @@ def test_kill_9_around_every_write(server, tmp_path, spec):
         second = server.run(store, **spec)
         assert second["end"] == "done", (moment, second["said"])
         assert micro.essence(store, second["record"]) == want, moment
-    assert moment > 12                                                           # 1 test file, 2 checkpoints, 3 results, twice each
+    assert moment > 10                                                           # 2 checkpoints, 3 results, twice each
 
 
 @needs_fork

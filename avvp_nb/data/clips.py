@@ -276,8 +276,9 @@ def load_clips(annotations,                # from `load_annotations`
     if absent and (on_missing == "error" or len(absent) == len(pos)):
         some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise InputError(f"no features for {len(absent)} of {len(pos)} {split} videos ({some})",
-                         where=store.path, expected="every video of the split",
-                         fix="pack them too, or pass on_missing='drop'")
+                         where=store.path, expected="every video of the split" if on_missing == "error" else
+                         "some video of the split", fix="pack them too" if len(absent) == len(pos) else
+                         "pack them too, or leave them out (in Python on_missing='drop')")
     if store.audio.shape[1] != annotations.seconds:
         raise InputError(f"features of {store.audio.shape[1]} s for labels of {annotations.seconds} s",
                          where=store.path, expected="equal lengths",

@@ -10,7 +10,6 @@ __all__ = ['FOLDERS', 'find_pseudo', 'read_pseudo', 'load_pseudo_labels', 'Pseud
 
 # %% ../../nbs/data/06_pseudo.ipynb #9c920627
 import hashlib
-import io
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -21,16 +20,17 @@ import numpy as np
 import pandas as pd
 
 from ..core import CLASSES, InputError, atomic_write, content_hash, write_json
-from .features import (PARSING, PROBLEMS, SOURCE_FILE, FeatureReport, _n_workers,
-                                   layout_source)
+from .features import (PROBLEMS, RENAME, SOURCE_FILE, FeatureReport, _folder_names, _n_workers,
+                                   layout_source, listed, lookalikes)
 from .tables import video_id
+from ..limits import array_of, check_name, opened, read_header, reason, shown
 
 # %% ../../nbs/data/06_pseudo.ipynb #6bde8cd1
 FOLDERS = {"audio": Path("CLAP")/"segment_pseudo_labels",
            "visual": Path("CLIP")/"segment_pseudo_labels"}      # modality: where
 
-def find_pseudo(root) -> Path:  # folder that holds CLIP/ and CLAP/
-    "The folder itself, or the first folder in it, in which both label folders lie"
+def _label_folder(root) -> Path:
+    "See `find_pseudo`"
     root = Path(root)
     if not root.is_dir():
         raise InputError("no such folder", where=root, expected=" and ".join(map(str, FOLDERS.values())))
@@ -41,10 +41,21 @@ def find_pseudo(root) -> Path:  # folder that holds CLIP/ and CLAP/
             other = FOLDERS["audio" if "visual" in there else "visual"]
             raise InputError(f"{other} is not there", where=path, expected="labels of both teachers",
                              fix="unpack the other archive of the VALOR repository beside it")
-    there = ", ".join(sorted(p.name for p in root.iterdir())[:6]) or "nothing"
-    raise InputError(f"no pseudo-labels ({there})", where=root,
+    raise InputError(f"no pseudo-labels ({listed(p.name for p in root.iterdir())})", where=root,
                      expected=" and ".join(map(str, FOLDERS.values())),
                      fix="unpack the CLIP and CLAP archives of the VALOR repository here")
+
+def find_pseudo(root,                # folder of both archives
+                check: bool = True,  # refuse what is called .npy and is no file
+                ) -> Path:           # folder that holds CLIP/ and CLAP/
+    "The folder itself, or the first folder in it, in which both label folders lie"
+    path = _label_folder(root)
+    for folder in FOLDERS.values() if check else ():
+        bad = sorted(e.name for e in os.scandir(path/folder) if e.name.endswith(".npy") and not e.is_file())
+        if bad:
+            raise InputError("is no file", where=path/folder/shown(bad[0]), expected="a whole .npy file",
+                             fix="remove what lies there, and fetch the file again")
+    return path
 
 # %% ../../nbs/data/06_pseudo.ipynb #0c3aa77f
 def _bad(kind: str, what: str, path, expected=None, fix="fetch the file again") -> InputError:
@@ -61,23 +72,26 @@ def _bad_value(x, path) -> InputError:
                 "these are labels, not similarities: fetch VALOR's segment_pseudo_labels again")
 
 # %% ../../nbs/data/06_pseudo.ipynb #796d8f75
+def _check_pseudo(h, path, shape: tuple):
+    "Refuse a header of other things than (T,C) numbers, before any memory is asked for"
+    if h.dtype.hasobject: raise _bad("objects", "holds pickled objects, which are never loaded", path)
+    if h.dtype.kind not in "biuf": raise _bad("dtype", f"holds {h.dtype}", path, "integers 0/1")
+    if h.fault: raise ValueError(": ".join(h.fault))
+    if h.shape != shape:
+        turned = {"fix": "it is (C,T): transpose it"} if h.shape == shape[::-1] else {}
+        raise _bad("shape", f"has shape {h.shape}", path, f"(T,C) = {shape}", **turned)
+
 def read_pseudo(path,             # one .npy file
                 shape: tuple,     # (T,C) that it must have
                 ) -> np.ndarray:  # (T,C) uint8
     "Labels of one video and modality; raises an `InputError` naming the file and what to do"
     try:
-        data = io.BytesIO(Path(path).read_bytes())
-        with PARSING: x = np.lib.format.read_array(data, allow_pickle=False)
+        _check_pseudo(read_header(path), path, shape)
+        with opened(path) as f: x = array_of(f.read())
+    except InputError: raise
     except FileNotFoundError as e: raise _bad("missing", "no such file", path) from e
-    except (ValueError, EOFError, SyntaxError, OSError) as e:
-        if "allow_pickle" in str(e):
-            raise _bad("objects", "holds pickled objects, which are never loaded", path) from e
-        raise _bad("unreadable", f"could not be read ({str(e).splitlines()[0][:80]})", path,
-                   "a whole .npy file") from e
-    if x.dtype.kind not in "biuf": raise _bad("dtype", f"holds {x.dtype}", path, "integers 0/1")
-    if x.shape != shape:
-        turned = {"fix": "it is (C,T): transpose it"} if x.shape == shape[::-1] else {}
-        raise _bad("shape", f"has shape {x.shape}", path, f"(T,C) = {shape}", **turned)
+    except (ValueError, OSError) as e:
+        raise _bad("unreadable", f"could not be read ({reason(e)})", path, "a whole .npy file") from e
     if not ((x == 0) | (x == 1)).all(): raise _bad_value(x, path)
     return x.astype(np.uint8)
 
@@ -85,13 +99,20 @@ def read_pseudo(path,             # one .npy file
 def _check_there(root: Path, ids: list):
     "Refuse a layout in which files are missing: the first five, and how many"
     for m, folder in FOLDERS.items():
-        there = {p.name for p in os.scandir(root/folder)}
+        names = _folder_names(root/folder)
+        there = set(names)
         gone = [i for i in ids if f"{i}.npy" not in there]
         if gone:
             some = ", ".join(gone[:5]) + (", ..." if len(gone) > 5 else "")
+            other = lookalikes(names, gone[0])
+            hint = f"; {shown(other[0], 60)} is there: {RENAME}" if other else ""
             raise InputError(f"{len(gone):,} of {len(ids):,} {m} files are missing ({some})",
                              where=root/folder, expected="one <id>.npy for each video",
-                             fix="fetch them from the VALOR repository")
+                             fix="fetch them from the VALOR repository" + hint)
+
+def _checked_ids(ids) -> list:
+    "The 11-character ids, each once; refused if no file may be called so"
+    return list(dict.fromkeys(check_name(video_id(i), "ids") for i in ids))
 
 def _read_all(root: Path, ids: list, shape: tuple, workers=None) -> dict:
     "Every file of both modalities: {(modality, id): (T,C) uint8, or the `InputError`}"
@@ -109,7 +130,7 @@ def load_pseudo_labels(root,               # folder that holds CLIP/ and CLAP/, 
                        workers=None,       # threads
                        ) -> dict:          # {"audio": (N,T,C) uint8, "visual": (N,T,C) uint8}
     "Read the pseudo-labels of both modalities; an `InputError` names the first bad file and counts all"
-    root, ids = find_pseudo(root), [video_id(i) for i in ids]
+    root, ids = _label_folder(root), [check_name(video_id(i), "ids") for i in ids]
     if not ids: raise InputError("no ids", where="ids", expected="at least one video")
     _check_there(root, ids)
     found = _read_all(root, ids, (seconds, classes), workers)
@@ -139,6 +160,14 @@ def label_counts(found: dict,      # {(modality, id): (T,C) 0/1, or an `InputErr
     return pd.DataFrame(out, index=list(names))
 
 # %% ../../nbs/data/06_pseudo.ipynb #340b6d61
+def _finding(m: str, i: str, e: InputError, names: list) -> tuple:
+    "The row of a report for what is wrong with one file; `names`: what lies beside it"
+    path = shown(e.where, 4000)
+    if e.kind != "missing": return m, shown(i), path, e.kind, e.what, e.expected or "", e.fix
+    other = lookalikes(names, i)
+    if not other: return m, shown(i), path, "missing", "", "", e.fix
+    return m, shown(i), path, "missing", f"{shown(other[0], 60)} is there", f"{shown(i)}.npy", RENAME
+
 def pseudo_doctor(root,               # folder that holds CLIP/ and CLAP/, or the one around it
                   ids=None,           # ids or full filenames of the videos; None: those with a file
                   seconds: int = 10,  # T
@@ -146,18 +175,16 @@ def pseudo_doctor(root,               # folder that holds CLIP/ and CLAP/, or th
                   workers=None,       # threads
                   ) -> PseudoReport:
     "Look for missing, unreadable, wrongly made and extra label files, and count the labels of each class"
-    root = find_pseudo(root)
-    files = {m: sorted(e.name for e in os.scandir(root/f) if not e.name.startswith("."))
-             for m, f in FOLDERS.items()}
+    root = _label_folder(root)
+    files = {m: _folder_names(root/f) for m, f in FOLDERS.items()}
     there = {m: {n[:-4] for n in names if n.endswith(".npy")} for m, names in files.items()}
-    ids = list(dict.fromkeys(map(video_id, ids))) if ids is not None else sorted(set().union(*there.values()))
+    ids = sorted(set().union(*there.values())) if ids is None else _checked_ids(ids)
     if not ids:
         raise InputError("no label files", where=root, expected="one <id>.npy for each video",
                          fix="fetch them from the VALOR repository")
     found, known = _read_all(root, ids, (seconds, len(classes)), workers), {f"{i}.npy" for i in ids}
-    rows = [(m, i, str(e.where), e.kind, "" if e.kind == "missing" else e.what, e.expected or "", e.fix)
-            for (m, i), e in found.items() if isinstance(e, InputError)]
-    rows += [(m, Path(n).stem, str(root/FOLDERS[m]/n), "extra", n, "", PROBLEMS["extra"])
+    rows = [_finding(m, i, e, files[m]) for (m, i), e in found.items() if isinstance(e, InputError)]
+    rows += [(m, shown(Path(n).stem), str(root/FOLDERS[m]/shown(n)), "extra", shown(n), "", PROBLEMS["extra"])
              for m, names in files.items() for n in names if n not in known]
     table = pd.DataFrame(rows, columns=["modality", "id", "file", "problem", "found", "expected", "fix"])
     report = PseudoReport(table, ids, root, seconds, {}, full=True)
@@ -306,6 +333,7 @@ def write_pseudo_layout(root,    # folder, created if needed
     if "pseudo_labels" not in clips.source:
         raise InputError("carry no pseudo-labels", where="clips", fix="use with_pseudo_labels first")
     root, mark = Path(root), clips.source["pseudo_labels"]["mark"]
+    _checked_ids(clips.ids)
     source = {"simulated": "simulated" in mark, "mark": mark}
     used = any(any((root/f).glob("*.npy")) for f in FOLDERS.values())
     if used and layout_source(root) != source:

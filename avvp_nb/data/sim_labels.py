@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'SPLITS', 'SIZES', 'T', 'C', 'RANGES', 'OPTIONS', 'MAIN', 'LABEL_SET', 'CHAIN',
-           'MAX_VIDEOS', 'check_param', 'SimParams', 'stream', 'pattern_code', 'pattern_bits',
-           'build_bank', 'Bank', 'load_bank', 'hidden_probability', 'bank_patterns',
-           'chain_patterns', 'choose_attempt', 'draw_weak', 'draw_dense', 'SimLabels', 'sim_id',
-           'annotation_split', 'video_range', 'label_source', 'simulate_labels', 'run_lengths',
-           'describe_labels']
+           'MAX_VIDEOS', 'check_count', 'check_param', 'SimParams', 'stream', 'pattern_code',
+           'pattern_bits', 'build_bank', 'Bank', 'load_bank', 'hidden_probability',
+           'bank_patterns', 'chain_patterns', 'choose_attempt', 'draw_weak', 'draw_dense',
+           'SimLabels', 'sim_id', 'annotation_split', 'video_range', 'label_source',
+           'simulate_labels', 'run_lengths', 'describe_labels']
 
 # %% ../../nbs/data/07_sim_labels.ipynb #12f26b94
 from dataclasses import dataclass, fields, replace
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import CLASSES, InputError, asset, check_choice, read_json
+from ..core import CLASSES, InputError, asset, brief, check_choice, read_json
 
 # %% ../../nbs/data/07_sim_labels.ipynb #88e3ffa6
 VERSION = "1"  # of the generator: any change of its output needs a new one
@@ -32,6 +32,14 @@ RANGES = {"audio_snr": (0, 100), "visual_snr": (0, 100),
           "missing_labels": (0, 10), "seed": (0, 2**64 - 1), "world_seed": (0, 2**64 - 1)}  # allowed values
 OPTIONS = {"labels": ("bank", "markov"), "label_sets": ("split", "train")}
 
+# %% ../../nbs/data/07_sim_labels.ipynb #53cb284b
+def check_count(value, where: str, low: int = 1, high=None) -> int:
+    "Return a number of videos or threads as an int, or raise an `InputError` with what is allowed"
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if whole and low <= value and (high is None or value <= high): return int(value)
+    raise InputError(f"{brief(value)} is not possible", where=where,
+                     expected=f"a whole number from {low}" + (f" to {high}" if high is not None else ""))
+
 # %% ../../nbs/data/07_sim_labels.ipynb #58a5097b
 def check_param(name: str, value):
     "Return `value` as the type its parameter has, or raise an `InputError` with the allowed range"
@@ -40,7 +48,7 @@ def check_param(name: str, value):
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
         return int(value) if whole else float(value)
-    raise InputError(f"{value!r} is not possible", where=name,
+    raise InputError(f"{brief(value)} is not possible", where=name,
                      expected=f"a {'whole ' if whole else ''}number from {low} to {high}")
 
 # %% ../../nbs/data/07_sim_labels.ipynb #b1cba875
@@ -283,9 +291,15 @@ def annotation_split(annotations, split: str):
 def video_range(n, start: int, split: str, total=None) -> np.ndarray:
     "Numbers of the wanted videos of `total` (None: they are invented); raises `InputError` beyond them"
     limit = MAX_VIDEOS if total is None else total
+    if not limit:
+        raise InputError("the annotations hold no video of this split", where=split,
+                         fix="leave the split out")
+    for k, v in {"start": start, **({} if n is None else {"n": n})}.items():
+        if isinstance(v, bool) or not isinstance(v, (int, np.integer)):
+            raise InputError(f"{k}={brief(v)} is not possible", where=split, expected="a whole number")
     if n is None: n = (SIZES[split] if total is None else total) - start
     if start >= 0 and n >= 1 and start + n <= limit: return np.arange(start, start + n)
-    raise InputError(f"n={n} videos from start={start}", where=split,
+    raise InputError(f"n={brief(n)} videos from start={brief(start)}", where=split,
                      expected=f"start >= 0, n >= 1, start + n <= {limit}")
 
 # %% ../../nbs/data/07_sim_labels.ipynb #d682702a

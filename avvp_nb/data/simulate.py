@@ -27,15 +27,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..core import CLASSES, InputError, check_choice, content_hash
+from ..core import CLASSES, InputError, brief, check_choice, content_hash
 from .clips import Clips
 from .features import pool_frames
 from .sim_labels import (CHAIN, LABEL_SET, MAIN, MAX_VIDEOS, OPTIONS, RANGES, SIZES, SPLITS,
                                      VERSION, Bank, C, SimLabels, SimParams, T, _setup, annotation_split,
-                                     bank_patterns, build_bank, chain_patterns, check_param, choose_attempt,
-                                     describe_labels, draw_dense, draw_weak, hidden_probability, label_source,
-                                     load_bank, pattern_bits, pattern_code, run_lengths, sim_id,
-                                     simulate_labels, stream, video_range)
+                                     bank_patterns, build_bank, chain_patterns, check_count, check_param,
+                                     choose_attempt, describe_labels, draw_dense, draw_weak,
+                                     hidden_probability, label_source, load_bank, pattern_bits, pattern_code,
+                                     run_lengths, sim_id, simulate_labels, stream, video_range)
 
 # %% ../../nbs/data/08_simulate.ipynb #3ed83bf2
 _all_ = [VERSION, SPLITS, SIZES, T, C, RANGES, OPTIONS, MAIN, LABEL_SET, CHAIN, MAX_VIDEOS, check_param,
@@ -305,10 +305,8 @@ def _check_form(frames, dtype, chunk, workers):
     "Raise an `InputError` for an impossible form of the output"
     check_choice(frames, ("pooled", "full", None), "frames")
     check_choice(dtype if isinstance(dtype, str) else np.dtype(dtype).name, ("float32", "float16"), "dtype")
-    for name, value in (("chunk", chunk), ("workers", workers)):
-        if name == "workers" and value is None: continue
-        if not (isinstance(value, (int, np.integer)) and value >= 1):
-            raise InputError(f"{value!r} is not possible", where=name, expected="a whole number from 1")
+    check_count(chunk, "chunk")
+    if workers is not None: check_count(workers, "workers")
 
 # %% ../../nbs/data/08_simulate.ipynb #039d9af4
 def as_clips(labels: SimLabels, features: dict, source: dict) -> Clips:
@@ -360,13 +358,20 @@ def describe_features(x: np.ndarray  # (N,T,D)
     return {k: float(v) for k, v in out.items()}
 
 # %% ../../nbs/data/08_simulate.ipynb #0575d83c
-PROFILES = {"tiny": {"train": 600, "test": 300}, "small": {"train": 4_000, "val": 649, "test": 1_200},
+PROFILES = {"tiny": {"train": 600, "val": 100, "test": 300},
+            "small": {"train": 4_000, "val": 649, "test": 1_200},
             "full": SIZES}  # videos per split
 
 def profile_sizes(profile) -> dict:
     "Videos per split of a named profile, or of a dictionary such as {'train': 600, 'test': 300}"
     if isinstance(profile, str): return PROFILES[check_choice(profile, PROFILES, "profile")]
-    return {check_choice(split, SPLITS, "profile"): n for split, n in profile.items()}
+    if not isinstance(profile, dict) or not profile:
+        raise InputError(f"{brief(profile)} is not possible", where="profile",
+                         expected=f"{', '.join(PROFILES)}, or videos per split such as {{'train': 600}}")
+    for split, n in profile.items():
+        check_choice(split, SPLITS, "profile")
+        if n is not None: check_count(n, f"videos of {split}", 1, MAX_VIDEOS)   # None: all
+    return dict(profile)
 
 def simulate_splits(profile="tiny",  # name of a profile, or videos per split
                     **options        # of `simulate`

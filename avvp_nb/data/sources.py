@@ -23,10 +23,10 @@ import pandas as pd
 from ..core import InputError, check_choice, content_hash, file_hash
 from .annotations import load_annotations
 from .clips import FEATURES, load_clips
-from .features import find_layout
-from .packed import is_store, open_store, pack
+from .features import FEATURE_SETS, SOURCE_FILE, find_layout, layout_source
+from .packed import MANIFEST, Store, is_store, open_store, pack
 from .pseudo import find_pseudo
-from .sim_files import cached_simulate
+from .sim_files import cached_simulate, cached_store, check_mark, sweep_leftovers, verified
 from .sim_labels import SPLITS, SimParams
 from .sim_labels import VERSION as SIMULATOR
 from .simulate import simulate
@@ -84,6 +84,12 @@ def contents(store) -> str:
 def _open_packed(path, frames: str) -> tuple:
     "(store, its identity); raises `InputError` when frames are missing from it"
     store = open_store(path)
+    for m, x in store.arrays.items():
+        made_of = store.manifest["arrays"][m].get("source_folder")
+        if made_of == FEATURE_SETS[m].folder and x.shape[2:] != (FEATURE_SETS[m].dim,):
+            raise InputError(f"{m} holds vectors of {x.shape[2:]}", where=path,
+                             expected=f"{FEATURE_SETS[m].dim}, as {made_of} gives",
+                             fix="pack the features again")
     if frames == "full" and store.frames.shape[1] == store.audio.shape[1]:
         raise InputError("holds one averaged frame a second", where=path,
                          expected="all frames, for this method",
@@ -92,6 +98,7 @@ def _open_packed(path, frames: str) -> tuple:
     rounded = f" {store.audio.dtype}" if store.audio.dtype != np.float32 else ""   # that is other data
     return store, contents(store) + rounded
 
+# %% ../../nbs/data/13_sources.ipynb #8722cc0c
 def open_features(path,                # a packed store, or a folder in the authors' layout
                   annotations,         # every video of them must be there
                   cache,               # packed below this folder when it isn't yet
@@ -100,14 +107,14 @@ def open_features(path,                # a packed store, or a folder in the auth
     "(feature store of a run, its identity); the authors' layout is packed on first use, a changed file again"
     if is_store(path): return _open_packed(path, frames)
     layout = find_layout(path)
+    source = check_mark(layout_source(layout), layout/SOURCE_FILE)
     ids = [i for split in annotations.values() for i in split.video_ids]
     files = sorted((str(p.relative_to(layout)), p.stat().st_size, p.stat().st_mtime_ns)
                    for p in layout.rglob("*.npy"))
     key = content_hash([str(layout.resolve()), ids, files])
-    out = Path(cache)/f"features-{key}{'-full'*(frames == 'full')}"
-    if not is_store(out):
-        pack(layout, out, ids, dtype="float16" if frames == "full" else "float32", frames=frames)
-    store = open_store(out)
+    dtype = "float16" if frames == "full" else "float32"
+    store = cached_store(Path(cache)/f"features-{key}{'-full'*(frames == 'full')}",
+                         lambda out, again: pack(layout, out, ids, dtype, frames, overwrite=again), source)
     return store, contents(store)
 
 # %% ../../nbs/data/13_sources.ipynb #d16b571d
@@ -123,6 +130,9 @@ def llp_identity(data: DataSpec, cache, frames: str = "pooled") -> tuple:
 
 def llp_clips(data: DataSpec, split: str, n: int, annotations, store, cache, frames: str = "pooled"):
     "The first `n` videos of a split of LLP, real or simulated"
+    if annotations and not annotations[split].ids:
+        raise InputError(f"holds no video of {split}", where=data.annotations,
+                         fix="fetch the annotation files again")
     if store is not None: return load_clips(annotations, store, split, on_missing="drop")[:n]
     n = min(n, len(annotations[split].ids)) if annotations else n
     options = dict(split=split, params=data.sim, annotations=annotations)
@@ -167,7 +177,11 @@ def _label_files(root: str, stamp) -> str:
 
 def identify(data: DataSpec, cache, frames: str = "pooled") -> tuple:
     "(identity, annotations, store) of a data description"
+    if cache is not None: sweep_leftovers(cache)
     identity, *rest = DATASETS[data.dataset].identify(data, cache, frames)
+    if isinstance(rest[-1], Store):
+        check_mark(rest[-1].manifest.get("source"), rest[-1].path/MANIFEST)
+        verified(rest[-1], cache)
     if data.pseudo_labels:
         root = find_pseudo(data.pseudo_labels)
         stamp = tuple(p.stat().st_mtime_ns for p in sorted(root.glob("*/*")))

@@ -9,12 +9,14 @@ __all__ = ['SPLITS', 'DENSE', 'FULL_TABLE', 'COPY_2020', 'WEAK_COLUMNS', 'DENSE_
            'which_audio_table', 'convert_audio_table', 'read_audio_table']
 
 # %% ../../nbs/data/00_tables.ipynb #861e4382
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import InputError, check_choice, did_you_mean
+from ..limits import MAX_CELL, check_name, reason, shown, text_of, whole_number
 
 # %% ../../nbs/data/00_tables.ipynb #c6843eb4
 SPLITS = {"train": "AVVP_train.csv", "val": "AVVP_val_pd.csv", "test": "AVVP_test_pd.csv"}  # weak labels
@@ -50,7 +52,7 @@ def read_text(root,       # folder of the annotation files
               ) -> str:
     "Content of one file with Unix line ends; an `InputError` names the file if it is missing or not text"
     path = Path(root)/name
-    try: return path.read_text(encoding="utf-8-sig")
+    try: return text_of(path)
     except FileNotFoundError as e:
         below = (Path(root)/"data"/name).exists()
         what, where = ("no such file", path) if Path(root).is_dir() else ("no such folder", root)
@@ -58,20 +60,38 @@ def read_text(root,       # folder of the annotation files
                          fix="it lies in the folder `data` below" if below else
                              "copy the folder `data` of the AVVP-ECCV20 repository") from e
     except (UnicodeDecodeError, OSError) as e:
-        raise InputError(f"could not be read as text ({e})", where=path, fix="fetch the file again") from e
+        raise InputError(f"could not be read as text ({reason(e)})", where=path,
+                         fix="fetch the file again") from e
 
 def _check_header(header: str, columns, where: str):
     "Refuse a file with other separators or other columns"
     if header.split("\t") == list(columns): return
+    if not header:
+        raise InputError("is empty", where=where, expected=", ".join(columns), fix="fetch the file again")
     sep = next((s for s in ",; " if header.split(s) == list(columns)), None)
     if sep: raise InputError(f"columns are separated by {sep!r}", where=f"{where}:1", expected="tabs",
                              fix="event_labels contains commas, "
                          "so fetch the original file instead of converting this one")
-    raise InputError(f"columns are {', '.join(header.split(chr(9)))}", where=f"{where}:1",
+    raise InputError(f"columns are {shown(', '.join(header.split(chr(9))))}", where=f"{where}:1",
                      expected=", ".join(columns), fix="is this the right file?")
 
 # %% ../../nbs/data/00_tables.ipynb #a1a89cdf
 _EMPTY = {"", "nan", "NaN", "NA", "null", "None"}
+
+def _check_row(row: list, columns, where: str):
+    "Refuse a row that is not complete, and what would break a line or a name of a file"
+    if len(row) != len(columns):
+        raise InputError(f"{len(row)} columns", where=where, expected=f"{len(columns)}: {', '.join(columns)}",
+                         fix="separate columns by one tab and classes by commas without spaces")
+    for column, cell in zip(columns, row):
+        if cell in _EMPTY:
+            raise InputError(f"{column} is empty ({cell!r})", where=where, expected="a value in every cell",
+                             fix="complete the row or remove it")
+        if column == "filename": check_name(cell, where, column)
+        elif len(cell) > MAX_CELL or not cell.isprintable():
+            raise InputError(f"{column} is '{shown(cell, 40)}'", where=where,
+                             expected=f"at most {MAX_CELL:,} characters, all of them printable",
+                             fix="fetch the original file, or correct the cell")
 
 def parse_table(text: str,  # whole file
                 columns,    # expected column names
@@ -81,15 +101,7 @@ def parse_table(text: str,  # whole file
     header, *lines = text.rstrip("\n").split("\n")
     _check_header(header, columns, where)
     rows = [line.split("\t") for line in lines]
-    for line, row in enumerate(rows, 2):
-        if len(row) != len(columns):
-            raise InputError(f"{len(row)} columns", where=f"{where}:{line}",
-                             expected=f"{len(columns)}: {', '.join(columns)}",
-                             fix="separate columns by one tab and classes by commas without spaces")
-        if not _EMPTY.isdisjoint(row):
-            i = next(i for i, cell in enumerate(row) if cell in _EMPTY)
-            raise InputError(f"{columns[i]} is empty ({row[i]!r})", where=f"{where}:{line}",
-                             expected="a value in every cell", fix="complete the row or remove it")
+    for line, row in enumerate(rows, 2): _check_row(row, columns, f"{where}:{line}")
     return pd.DataFrame(rows, columns=list(columns), dtype=str).assign(line=np.arange(2, len(rows) + 2))
 
 # %% ../../nbs/data/00_tables.ipynb #d6279668
@@ -104,7 +116,8 @@ def class_codes(names,       # class names
     bad = np.flatnonzero(codes < 0)
     if len(bad):
         name, more = names[bad[0]], f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise InputError(f"unknown class {name!r}{more}", where=f"{where}:{np.asarray(lines)[bad[0]]}",
+        raise InputError(f"unknown class '{shown(name, 60)}'{more}",
+                         where=f"{where}:{np.asarray(lines)[bad[0]]}",
                          expected=f"one of the {len(classes)} class names, verbatim",
                          fix=did_you_mean(name, classes))
     return codes
@@ -114,7 +127,10 @@ def weak_matrix(table: pd.DataFrame,  # columns filename, event_labels, line
                 classes,              # the C class names
                 where: str,           # file name, for messages
                 ) -> np.ndarray:      # (N,C) float32
-    "Multi-hot weak labels; refuses unknown classes and repeated filenames"
+    "Multi-hot weak labels; refuses unknown classes, repeated filenames and a table without rows"
+    if not len(table):
+        raise InputError("has a header and no rows", where=where, expected="a row for every video",
+                         fix="fetch the file again")
     twice = table.filename.duplicated().to_numpy()
     if twice.any():
         row = table[twice].iloc[0]
@@ -137,13 +153,13 @@ def parse_intervals(text: str,      # whole file
     "Read a dense file; refuses onsets and offsets that are not whole seconds of the clip"
     table = parse_table(text, DENSE_COLUMNS, where)
     for column in ("onset", "offset"):
-        whole = table[column].str.fullmatch(r"-?\d+").to_numpy(dtype=bool)
-        ok = whole.copy()
-        ok[whole] = table[column][whole].astype(int).between(0, seconds).to_numpy()
+        values = [whole_number(cell) for cell in table[column]]
+        ok = np.array([v is not None and 0 <= v <= seconds for v in values], dtype=bool)
         if not ok.all():
             row = table[~ok].iloc[0]
-            what = "is outside the clip" if whole[~ok][0] else "is not a whole number"
-            raise InputError(f"{column} {row[column]!r} {what}", where=f"{where}:{row.line}",
+            digits = re.fullmatch("-?[0-9]+", row[column])   # perhaps more of them than a number may have
+            what = "is outside the clip" if digits else "is not a whole number"
+            raise InputError(f"{column} '{shown(row[column], 40)}' {what}", where=f"{where}:{row.line}",
                              expected=f"a whole second, 0 to {seconds}",
                              fix="correct the cell; nothing is rounded or clipped here")
     table = table.astype({"onset": int, "offset": int})

@@ -8,7 +8,6 @@ __all__ = ['SUBSETS', 'SIZES', 'MAX_SECONDS', 'COUNTED', 'ANCHOR', 'UNAV_CLASSES
            'overlaps', 'Unav', 'load_unav']
 
 # %% ../../nbs/data/10_unav100.ipynb #fdc36055
-import json
 import math
 import re
 from collections import Counter
@@ -20,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, content_hash, did_you_mean
+from ..core import InputError, brief, content_hash, did_you_mean, file_bytes, parse_json
+from .sim_labels import check_count
 
 # %% ../../nbs/data/10_unav100.ipynb #7329364f
 SUBSETS = {"train": "train", "val": "validation", "test": "test"}   # our names and those of the file
@@ -115,7 +115,7 @@ class UnavSplit(Timeline):
 
     def first(self, n=None):
         "The first `n` videos; all of them for None or when there are fewer"
-        n = len(self) if n is None else n
+        n = len(self) if n is None else check_count(n, f"videos of {self.name}", 0)
         e = int(np.searchsorted(self.events.video, n))
         return replace(self, ids=self.ids[:n], durations=self.durations[:n], rows=self.rows[:n],
                        events=Events(*(x[:e] for x in self.events)))
@@ -128,7 +128,7 @@ def _keys_once(where, repeated=None):
     def once(pairs):
         out = dict(pairs)
         for k in (k for k, n in Counter(k for k, _ in pairs).items() if n > 1):
-            twice = InputError(f"{k!r} occurs twice", where=where,
+            twice = InputError(f"{brief(k, 60)} occurs twice", where=where,
                                expected="every video, and every field of it, once", fix="keep one of the two")
             if repeated is None: raise twice
             repeated.append((out, k, twice))
@@ -141,13 +141,15 @@ def read_unav_json(path,
                    ) -> dict:
     "The `database` of a file; raises `InputError` for broken JSON and, without a list, for what occurs twice"
     try:
-        whole = json.loads(Path(path).read_text(encoding="utf-8-sig"),
-                           object_pairs_hook=_keys_once(path, repeated))
-    except FileNotFoundError as e:
-        raise InputError("no such file", where=path, expected=FILE,
-                         fix="see data_cards/unav100.md for where it comes from") from e
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as e:
-        raise InputError(f"is not readable JSON ({e})", where=path, fix="fetch the file again") from e
+        text = file_bytes(path).removeprefix(b"\xef\xbb\xbf")
+        whole = parse_json(text, path, object_pairs_hook=_keys_once(path, repeated))
+    except InputError as e:
+        if e.what == "no such file":
+            raise InputError(e.what, where=path, expected=FILE,
+                             fix="see data_cards/unav100.md for where it comes from") from e
+        if not e.what.startswith("is "): raise   # what occurs twice
+        raise InputError(e.what.replace("not valid", "not readable"), where=path, expected=e.expected,
+                         fix="fetch the file again") from e
     database = whole.get("database") if isinstance(whole, dict) else None
     if isinstance(database, dict) and database: return database
     raise InputError("has no videos", where=path,
@@ -160,30 +162,36 @@ def _field(entry, key: str, kinds, where: str):
     if not isinstance(entry, dict) or key not in entry:
         raise InputError(f"has no {key!r}", where=where, fix="complete or remove the entry")
     value = entry[key]
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if isinstance(value, kinds) and not isinstance(value, bool) and finite: return value
-    raise InputError(f"{key} is {value!r}", where=where,
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, kinds) and (not isinstance(value, (int, float)) or number and abs(value) < 2**53):
+        return value
+    raise InputError(f"{key} is {brief(value, 60)}", where=where,
                      expected="a number" if float in kinds else kinds[0].__name__, fix="correct the entry")
 
 # %% ../../nbs/data/10_unav100.ipynb #a613477a
 _ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
+def _named(id_: str) -> str:
+    "An id as reports and messages write it: as it is, or quoted where that would not fit on a line"
+    return id_ if id_.isprintable() and len(id_) <= 60 else brief(id_, 60)
+
 def check_video(id_: str, entry: dict, where: str, max_seconds: int) -> tuple:  # (our subset, duration)
     "Check what is said about a whole video; raises `InputError`"
     if not _ID.fullmatch(id_):
-        raise InputError(f"{id_!r} is not a YouTube id", where=where, expected="11 letters, digits, - or _",
+        raise InputError(f"{brief(id_, 60)} is not a YouTube id", where=where,
+                         expected="11 letters, digits, - or _",
                          fix="features are filed by this id")
     duration = float(_field(entry, "duration", (int, float), where))
     if duration <= 0:
         raise InputError(f"duration is {duration:g}", where=where, expected="seconds, more than 0",
                          fix="correct the entry")
-    if seconds_of(duration) > max_seconds:
+    if duration > max_seconds:
         raise InputError(f"a video of {duration:g} s is longer than the model's maximum", where=where,
                          expected=f"at most {max_seconds} s",
-                         fix=f"cut the video, or read with max_seconds={seconds_of(duration)}")
+                         fix=f"cut the video, or read with max_seconds={math.ceil(duration)}")
     subset, ours = _field(entry, "subset", (str,), where), {v: k for k, v in SUBSETS.items()}
     if subset in ours: return ours[subset], duration
-    raise InputError(f"unknown subset {subset!r}", where=where, expected=", ".join(ours),
+    raise InputError(f"unknown subset {brief(subset, 60)}", where=where, expected=", ".join(ours),
                      fix=did_you_mean(subset, ours))
 
 # %% ../../nbs/data/10_unav100.ipynb #0c725300
@@ -192,13 +200,14 @@ def check_event(entry, duration: float, where: str, classes=UNAV_CLASSES) -> tup
     kinds = {"label": (str,), "label_id": (int,), "segment": (list,)}
     label, number, segment = (_field(entry, k, kind, where) for k, kind in kinds.items())
     if label not in classes:
-        raise InputError(f"unknown class {label!r}", where=where, expected=f"one of the {len(classes)} names",
+        raise InputError(f"unknown class {brief(label, 60)}", where=where,
+                         expected=f"one of the {len(classes)} names",
                          fix=did_you_mean(label, classes))
     if classes.index(label) != number:
         raise InputError(f"label_id {number} for {label!r}", where=where, expected=f"{classes.index(label)}",
                          fix="one of the two is wrong; nothing is guessed")
     if len(segment) != 2:
-        raise InputError(f"segment is {segment!r}", where=where, expected="[start, end]",
+        raise InputError(f"segment is {brief(segment, 60)}", where=where, expected="[start, end]",
                          fix="correct the entry")
     start, end = (float(_field(dict(segment=x), "segment", (int, float), where)) for x in segment)
     if end <= start:
@@ -286,7 +295,7 @@ def load_unav(path,                            # the JSON file, or the folder th
         i = _owner(database, thing, k)
         _refuse(refused, i, database.get(i), error)
     for id_, entry in database.items():
-        try: split, video = _read_entry(id_, entry, f"{path}: {id_}", max_seconds, classes)
+        try: split, video = _read_entry(id_, entry, f"{path}: {_named(id_)}", max_seconds, classes)
         except InputError as e: _refuse(refused, id_, entry, e); continue
         notes += [(id_, f"overlap: {pair}", "one event where they touch")
                   for pair in overlaps(video[2], classes)]

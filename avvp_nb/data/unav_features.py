@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, check_choice, content_hash, file_hash, read_json, write_json
+from ..core import InputError, brief, check_choice, content_hash, file_hash, read_json, write_json
 from .clips import Clips
 from .features import (PROBLEMS, FeatureReport, FeatureSet, _fit, _n_workers, _read_file,
                                    _writing, diagnose, track)
 from .packed import (CHUNK, MANIFEST, Store, _Plan, _check_out, _journal, _locked, _manifest,
                                  _prepare, _publish, _work_folder, _write_chunk, is_store, open_store)
-from .unav100 import MAX_SECONDS, SUBSETS, _ID, Events, Unav, UnavSplit, load_unav
+from .unav100 import MAX_SECONDS, SUBSETS, _ID, Events, Unav, UnavSplit, _named, load_unav
 
 # %% ../../nbs/data/11_unav_features.ipynb #476c3bc9
 @lru_cache(maxsize=4096)
@@ -152,7 +152,7 @@ def unav_doctor(root,             # folder that holds `av_features`
     rows = [(m, i, str(unav_file(root, i, m)), p, what, want, UNAV_PROBLEMS[p])
             for m, i, p, what, want in found]
     known = {unav_file(root, i, m).name for m in UNAV_SETS for i in ids}
-    extra = sorted(e.name for e in os.scandir(root/FOLDER)
+    extra = sorted(e.name if e.name.isprintable() else brief(e.name) for e in os.scandir(root/FOLDER)
                    if e.name not in known and not e.name.startswith("."))
     rows += [("", n, str(root/FOLDER/n), "extra", n, "", UNAV_PROBLEMS["extra"]) for n in extra]
     return UnavReport(pd.DataFrame(rows, columns=COLUMNS), ids, root, None, headers, full)
@@ -236,10 +236,10 @@ def check_unav(features,                        # folder that holds `av_features
     "Everything that is wrong with a copy of UnAV-100; raises `InputError` only where nothing can be read"
     root, refused = find_unav_layout(features), []
     read = load_unav(annotations, max_seconds, refused=refused)
-    bad = {i: split for i, split, _ in refused if i}
+    bad = {_named(i): split for i, split, _ in refused if i}
     durations = {i: float(d) for s in read.values() for i, d in zip(s.ids, s.durations)}
     files = unav_doctor(root, {**{i: None for i in bad if _ID.fullmatch(i)}, **durations}, full, workers)
-    rows = [_annotation_row(read.path, i, e) for i, _, e in refused]
+    rows = [_annotation_row(read.path, _named(i) if i else "", e) for i, _, e in refused]
     rows += [("", i, str(read.path), "overlap", f"{i}: {note.removeprefix('overlap: ')}", "",
               UNAV_PROBLEMS["overlap"]) for i, note in zip(read.notes.id, read.notes.note)]
     problems = pd.concat([pd.DataFrame(rows, columns=COLUMNS), files.problems], ignore_index=True)

@@ -25,12 +25,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import InputError, atomic_write, check_choice, content_hash, read_json
+from ..core import InputError, atomic_write, brief, check_choice, content_hash, read_json
 from .annotations import markdown_table
 from .clips import Clips
-from .features import _claim_layout, _save_npy, _writing, layout_source, track
+from .features import SOURCE_FILE, _claim_layout, _save_npy, _writing, layout_source, track
 from .packed import Store, is_store, open_store
-from .sim_labels import MAX_VIDEOS, SPLITS, SimParams, stream
+from .sim_files import cached_store, check_mark, check_space, sweep_leftovers
+from .sim_labels import MAX_VIDEOS, SPLITS, SimParams, check_count, check_param, stream
 from .simulate import (LATENT, Draws, World, draw_maps, latents, observe, one_torch_thread,
                                    sense_of, sim_mark)
 from .unav100 import (ANCHOR, COUNTED, FILE, SIZES, SUBSETS, UNAV_CLASSES, Unav, UnavSplit,
@@ -100,9 +101,10 @@ def simulate_unav_labels(n=None,               # videos; default: as many as the
                          ) -> UnavSplit:
     "Simulated annotations of one split"
     check_choice(split, SPLITS, "split")
-    n = SIZES[split] - start if n is None else n
-    if start < 0 or n < 1 or start + n > MAX_VIDEOS:
-        raise InputError(f"n={n} videos from start={start}", where=split,
+    seed, n = check_param("seed", seed), SIZES[split] - start if n is None else n
+    whole = all(isinstance(v, (int, np.integer)) and not isinstance(v, bool) for v in (n, start))
+    if not whole or start < 0 or n < 1 or start + n > MAX_VIDEOS:
+        raise InputError(f"n={brief(n, 40)} videos from start={brief(start, 40)}", where=split,
                          expected=f"start >= 0, n >= 1, at most {MAX_VIDEOS:,}")
     part = _collect(split,
                     [(unav_id(split, i), *draw_video(seed, split, i)) for i in range(start, start + n)],
@@ -249,8 +251,9 @@ def simulate_unav(n=None,                  # videos; default: all of the split
     "Simulated clips of one split of UnAV-100"
     params, dtype = _sim_setup(seed, params), np.dtype(check_choice(dtype, ("float16", "float32"), "dtype"))
     check_choice(split, SPLITS, "split")
+    if workers is not None: check_count(workers, "workers")
     if annotations is None: labels = simulate_unav_labels(n, params.seed, split, start)
-    else: labels = annotations[split].first(n)
+    else: labels = annotations[split].first(n if n is None else check_count(n, f"videos of {split}"))
     out = {m: np.zeros((len(labels), int(labels.lengths.max()), d), dtype)
            for m, (_, d, _, _) in UNAV_MAPS.items()}
     fill_unav(out, labels, params, workers)
@@ -271,10 +274,12 @@ def unav_sizes(profile, annotations=None) -> dict:
     if isinstance(profile, str):
         return {k: n for k, n in UNAV_PROFILES[check_choice(profile, UNAV_PROFILES, "profile")].items()
                 if k in have}
+    if not isinstance(profile, dict) or not profile:
+        raise InputError(f"{brief(profile, 60)} is not possible", where="profile",
+                         expected=f"{', '.join(UNAV_PROFILES)}, or videos per split such as {{'train': 6}}")
     for k, n in profile.items():
-        if n < 1:
-            raise InputError(f"{n} videos", where=check_choice(k, SPLITS, "split"), expected="at least 1",
-                             fix="leave the split out")
+        check_choice(k, SPLITS, "split")
+        if n is not None: check_count(n, f"videos of {k}", 1, MAX_VIDEOS)   # None: all
     return profile
 
 # %% ../../nbs/data/12_unav_simulate.ipynb #9a67fab7
@@ -289,7 +294,8 @@ def write_unav_labels(path, splits: dict):
 
 def _check_simulated(path: Path):
     "Refuse to write over annotations that were not simulated, with an `InputError`"
-    if path.exists() and read_json(path).get("version") != "simulated":
+    held = read_json(path) if path.exists() else {"version": "simulated"}
+    if not isinstance(held, dict) or held.get("version") != "simulated":
         raise InputError("holds annotations that were not simulated", where=path,
                          expected="a new or empty folder", fix="choose another folder; nothing was written")
 
@@ -299,6 +305,15 @@ def _labels_of(sizes: dict, seed: int, annotations) -> dict:
     return {k: simulate_unav_labels(n, seed, k) if annotations is None else annotations[k].first(n)
             for k, n in sizes.items()}
 
+def _bytes_of(durations) -> int:
+    "Bytes of the feature files of videos"
+    return sum(n_rows(d)*sum(s.dim for s in UNAV_SETS.values())*4 + 3*128 for d in durations)
+
+def _check_room(root: Path, need: int):
+    "Raise an `InputError` where so many bytes don't fit, beside the files that are there already"
+    check_space(root, need - sum(p.stat().st_size for p in (root/FOLDER).glob("*.npy")))
+
+# %% ../../nbs/data/12_unav_simulate.ipynb #08f3199f
 def write_unav(root,                # folder to write into
                sizes="tiny",        # name of a profile, or videos per split; None: all
                seed=None,           # overrides `params.seed`
@@ -306,9 +321,14 @@ def write_unav(root,                # folder to write into
                annotations=None,    # real ones: only features are written
                ) -> Path:           # `root`
     "Write a simulated data set in the authors' layout: the JSON file and `av_features`"
-    root, params = Path(root), _sim_setup(seed, params)
-    labels = _labels_of(unav_sizes(sizes, annotations), params.seed, annotations)
-    if annotations is None: _check_simulated(root/FILE)
+    root, params, sizes = Path(root), _sim_setup(seed, params), unav_sizes(sizes, annotations)
+    if annotations is None:
+        _check_simulated(root/FILE)
+        at_least = _bytes_of([COUNTED["shortest video (s)"]])   # before labels are drawn for all of them
+        _check_room(root, at_least*sum(SIZES[k] if n is None else n for k, n in sizes.items()))
+    labels = _labels_of(sizes, params.seed, annotations)
+    for folder in (root, root/FOLDER): sweep_leftovers(folder)
+    _check_room(root, _bytes_of(d for s in labels.values() for d in s.durations))
     source = {"simulated": True, "mark": unav_mark(params, next(iter(labels.values())).source),
               "dataset": "unav100", "params": asdict(params)}
     with _writing(root), one_torch_thread():
@@ -333,11 +353,12 @@ def open_unav(path,                  # a packed store, or the folder that holds 
                          expected="one that was made with its annotations",
                          fix="make one with `python -m avvp_nb pack --dataset unav100`")
     root = find_unav_layout(path)
+    source = check_mark(layout_source(root), root/SOURCE_FILE)
     # a changed file is packed again
     files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(root/FOLDER))
-    key = content_hash([str(root.resolve()), annotations.fingerprint, files, layout_source(root)])
-    out = Path(cache)/f"unav100-{key}"
-    return open_store(out) if is_store(out) else pack_unav(root, out, annotations)
+    key, make = content_hash([str(root.resolve()), annotations.fingerprint, files, source]), pack_unav
+    return cached_store(Path(cache)/f"unav100-{key}",
+                        lambda out, again: make(root, out, annotations, overwrite=again), source)
 
 # %% ../../nbs/data/12_unav_simulate.ipynb #9ff0512e
 def unav_identity(data,                # has `.annotations`, `.features` (paths or None) and `.sim`

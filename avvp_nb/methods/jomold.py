@@ -8,12 +8,12 @@ __all__ = ['NCE_FEATURES', 'POSITIVES', 'NOISY_AUDIO', 'NOISY_VISUAL', 'RELEASED
            'ENTRY', 'JoMoLD', 'NoiseEstimator', 'similarities', 'mixture_nce', 'contrastive',
            'JoMoLDLoss', 'class_means', 'noise_ratios', 'estimate_ratios', 'ranks', 'truncated',
            'denoise_labels', 'used_ratio', 'RatioCB', 'losses_alone', 'struck_out', 'DenoiseCB',
-           'jomold_keys', 'denoise_start', 'stack_losses', 'denoise_batch', 'Ratios', 'estimated',
-           'build_estimator', 'denoising', 'build_jomold', 'check_jomold', 'jomold_estimator']
+           'jomold_keys', 'denoise_start', 'stack_losses', 'denoise_batch', 'ratio_fault',
+           'Ratios', 'estimated', 'build_estimator', 'denoising', 'build_jomold', 'check_jomold',
+           'jomold_estimator']
 
 # %% ../../nbs/methods/07_jomold.ipynb #641361d6
 import math
-import zipfile
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch import nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from ..core import InputError, Parsing, atomic_write, check_choice
+from ..core import InputError, Parsing, atomic_write, check_choice, content_hash
+from ..limits import read_npz
 from .han import HAN, HybridAttention, han_keys, han_sizes
 from .losses import GuidedLoss, bce_each
 from .method import Layout, Method, register, some
@@ -350,22 +351,40 @@ def denoise_batch(stack, cbs) -> bool:
 # %% ../../nbs/methods/07_jomold.ipynb #1ebeac74
 OPTIONS = dict(contrast=True, denoise=True, ratios="estimated", warmup="official")
 
+def ratio_fault(found: dict) -> str:
+    "Why arrays cannot be the noise ratios of both modalities; empty if they can"
+    for k in ("audio", "visual"):
+        x = found.get(k)
+        if x is None or x.dtype.kind != "f" or x.ndim != 1 or not len(x): return f"no list of ratios for {k}"
+        if not ((x >= 0) & (x <= 1)).all(): return f"a ratio of {k} is no share"
+    return "" if found["audio"].shape == found["visual"].shape else "the lists differ in length"
+
+# %% ../../nbs/methods/07_jomold.ipynb #e897657b
 @dataclass(frozen=True)
 class Ratios:
     "Noise ratios of a training set, (C,) each"
     audio: np.ndarray
     visual: np.ndarray
+    @property
+    def content(self) -> str:
+        "Hash of both"
+        return content_hash([self.audio, self.visual])
     def save(self, path):
         "Write to `path` (.npz), atomically"
-        with atomic_write(path, "wb") as f: np.savez(f, audio=self.audio, visual=self.visual)
+        with atomic_write(path, "wb") as f:
+            np.savez(f, audio=self.audio, visual=self.visual, content=np.array(self.content))
     @classmethod
     def load(cls, path):
-        "Read what `save` wrote; raises `InputError` on anything else"
-        try:
-            with np.load(path, allow_pickle=False) as z: return cls(z["audio"], z["visual"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-            raise InputError(f"is damaged ({type(e).__name__})", where=path,
-                             fix="delete it and run again") from e
+        "Read what `save` wrote; raises `InputError` on anything else, and when a number was changed"
+        found = read_npz(path)
+        fault = ratio_fault(found)
+        if not fault:
+            ratios = cls(found["audio"], found["visual"])
+            changed = "content" in found and str(found["content"]) != ratios.content
+            if not changed: return ratios                    # files of earlier versions have no hash
+            fault = "its numbers were changed"
+        raise InputError(f"is damaged ({fault})", where=path, expected="a file written by `Ratios.save`",
+                         fix="delete it and run again")
 
 def estimated(plain: dict, models, clips) -> Ratios:
     "The noise ratios of the training clips, from a trained estimator"

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['REFINE', 'FORMAT', 'LIST_COLUMNS', 'Errors', 'hamming_error', 'normalised', 'error_rates',
-           'refine_labels', 'RemovedLabels', 'class_names', 'Refinement', 'refine', 'read_removed']
+           'refine_labels', 'RemovedLabels', 'class_names', 'Refinement', 'refine', 'content_of',
+           'read_removed']
 
 # %% ../../nbs/methods/05_ma_refine.ipynb #6bd9d459
+import hashlib
 import io
 import json
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ import pandas as pd
 
 from ..core import (CLASSES, MODALITIES, InputError, atomic_write, check_choice, content_hash,
                           did_you_mean)
+from ..limits import read_npz, reason
 from .ma_swap import SwapTest, _labels, _numpy, draw_partners, swap_test
 
 # %% ../../nbs/methods/05_ma_refine.ipynb #e7fff9a7
@@ -255,31 +258,69 @@ def _apply(ref, clips, refine: str = "both"):
 FORMAT = 1   # of saved refinements
 _ARRAYS = ("rows", "weak", "removed_audio", "removed_visual", "partners")
 
-def _save(ref, path):
-    "See `Refinement.save`"
-    head = dict(format=FORMAT, threshold=ref.threshold, source=ref.source, fingerprint=ref.fingerprint)
+def _arrays(ref) -> dict:
+    "What a file of a refinement holds besides its head"
     arrays = {k: getattr(ref, k) for k in _ARRAYS if getattr(ref, k) is not None}
     if ref.swap is not None: arrays |= {f"swap_{k}": x for k, x in ref.swap._asdict().items()}
+    return {k: np.asarray(x) for k, x in arrays.items()} | {"ids": np.array(ref.ids, dtype=str)}
+
+def content_of(arrays: dict, *more) -> str:
+    "Hash of arrays by name, of their kinds and shapes, and of other plain data"
+    h = hashlib.sha256(json.dumps(more, sort_keys=True).encode())
+    for k in sorted(arrays):
+        h.update(f"{k} {arrays[k].dtype.str} {arrays[k].shape} ".encode())
+        h.update(arrays[k].tobytes())
+    return h.hexdigest()
+
+def _save(ref, path):
+    "See `Refinement.save`"
+    head, arrays = dict(format=FORMAT, threshold=ref.threshold, source=ref.source), _arrays(ref)
+    head |= dict(fingerprint=ref.fingerprint, content=content_of(arrays, ref.threshold, ref.source))
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, head=np.array(json.dumps(head)), ids=np.array(ref.ids, dtype=str), **arrays)
+    np.savez_compressed(buffer, head=np.array(json.dumps(head)), **arrays)
     with atomic_write(path, "wb") as f: f.write(buffer.getbuffer())
+
+# %% ../../nbs/methods/05_ma_refine.ipynb #023bd05a
+def _check_arrays(d: dict):
+    "Raise a `ValueError` unless the arrays of a file fit together"
+    for k in ("weak", "removed_audio", "removed_visual", "ids", "rows"):
+        if k not in d: raise ValueError(f"no {k}")
+    N, C = shape = d["weak"].shape
+    wanted = {"weak": (shape, "b"), "removed_audio": (shape, "b"), "removed_visual": (shape, "b"),
+              "ids": ((N,), "U"), "rows": ((N,), "iu")}
+    wanted |= {f"swap_{k}": (shape, "f") for k in SwapTest._fields if f"swap_{k}" in d}
+    for k, (shape, kinds) in wanted.items():
+        if d[k].shape != shape or d[k].dtype.kind not in kinds:
+            raise ValueError(f"{k} is {d[k].dtype} of shape {d[k].shape}")
+    if (d["removed_audio"] | d["removed_visual"])[~d["weak"]].any(): raise ValueError("removes other labels")
+
+# %% ../../nbs/methods/05_ma_refine.ipynb #2457e657
+def _unchanged(ref, head: dict) -> bool:
+    "Does a head belong to what was read with it"
+    if head["format"] != FORMAT or head["fingerprint"] != ref.fingerprint: return False
+    if "content" in head: return head["content"] == content_of(_arrays(ref), ref.threshold, ref.source)
+    if ref.swap is None: return True                         # an old list: there is no more to ask
+    again = refine_labels(*ref.swap[2:], ref.weak, ref.errors.visual, ref.errors.audio, ref.threshold)
+    return all(map(np.array_equal, again, (ref.removed_audio, ref.removed_visual)))
 
 def _load(cls, path):
     "See `Refinement.load`"
+    if not Path(path).exists(): raise InputError("no such file", where=path)
     try:
-        with np.load(path, allow_pickle=False) as z: d = {k: z[k] for k in z.files}
+        d = read_npz(path)
         head = json.loads(str(d["head"]))
+        _check_arrays(d)
         swap = SwapTest(*(d[f"swap_{k}"] for k in SwapTest._fields)) if "swap_a" in d else None
         ref = cls(d["ids"].tolist(), swap=swap, threshold=head["threshold"], source=head["source"],
                   **{k: d[k] if k in d else None for k in _ARRAYS})
-        whole = head["format"] == FORMAT and head["fingerprint"] == ref.fingerprint
-    except FileNotFoundError as e: raise InputError("no such file", where=path) from e
+        whole = _unchanged(ref, head)
     except Exception as e:
-        raise InputError(f"cannot be read as a refinement ({type(e).__name__})", where=path,
-                         expected="a file written by `Refinement.save`") from e
+        raise InputError(f"cannot be read as a refinement ({getattr(e, 'what', None) or reason(e)})",
+                         where=path, expected="a file written by `Refinement.save`",
+                         fix="delete it and run again") from e
     if whole: return ref
-    raise InputError("names, labels and fingerprint do not fit together", where=path,
-                     expected=f"an unchanged file of format {FORMAT}", fix="refine again")
+    raise InputError("arrays and fingerprint do not fit together", where=path,
+                     expected=f"an unchanged file of format {FORMAT}", fix="delete it and refine again")
 
 # %% ../../nbs/methods/05_ma_refine.ipynb #e9bf837e
 LIST_COLUMNS = ("train_index", "filename", "class_id", "class", "removed_visual", "removed_audio")

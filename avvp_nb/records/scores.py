@@ -9,16 +9,24 @@ __all__ = ['TREATMENTS', 'pack_probabilities', 'passes_of', 'score', 'floor_scor
 # %% ../../nbs/records/02_scores.ipynb #94a34965
 import numpy as np
 
-from ..core import Parsing
+from ..core import InputError, Parsing
 from ..metrics import FLOORS, RULES, evaluate, floors, only_scores
 
 # %% ../../nbs/records/02_scores.ipynb #84a28c3f
 _ARRAYS = ("video", "audio", "visual", "segments")
 
-def pack_probabilities(parsing, without) -> dict:
-    "float16 arrays of both passes by name"
-    return {**{k: v.astype(np.float16) for k, v in parsing.arrays().items()},
-            **{f"without_{k}": v.astype(np.float16) for k, v in without.arrays().items()}}
+def pack_probabilities(parsing, without,
+                       ids=None,       # of the videos
+                       classes=None,   # names of the classes
+                       ) -> dict:
+    "float16 arrays of both passes by name, and the names of rows and columns as `ids` and `classes`"
+    packed = {**{k: v.astype(np.float16) for k, v in parsing.arrays().items()},
+              **{f"without_{k}": v.astype(np.float16) for k, v in without.arrays().items()}}
+    for k, names, n in zip(("ids", "classes"), (ids, classes), parsing.video.shape):
+        if names is None: continue
+        if len(names) != n: raise InputError(f"{len(names)} names", where=k, expected=f"{n}")
+        packed[k] = np.array([str(x) for x in names])
+    return packed
 
 def passes_of(packed: dict) -> tuple:
     "The parsings with and without cross-attention, as they will be read back"

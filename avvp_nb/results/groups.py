@@ -7,7 +7,7 @@ __all__ = ['INVENTED', 'NEEDED', 'SELECTED', 'EARLY', 'invented_record', 'check_
            'scale_of', 'mark_of', 'marked_as', 'with_average', 'selected_state', 'has_selected',
            'scored_under', 'rule_name', 'scores', 'flatten', 'flat_spec', 'run_name',
            'auto_labels', 'check_repeats', 'group', 'dataset_of', 'tested_on', 'check_comparable',
-           'provenance']
+           'versions_of', 'versions_note', 'provenance']
 
 # %% ../../nbs/results/01_groups.ipynb #4e79e870
 import re
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..core import InputError, check_choice, content_hash
 from ..counts import LEVELS, METRICS, STANDARD
+from ..records.store import check_whole
 from .reported import AVG, method_name
 
 # %% ../../nbs/results/01_groups.ipynb #89f4defe
@@ -70,11 +71,15 @@ NEEDED = ("key", "spec", "data", "rule", "metrics", "history")
 
 def check_record(record: Mapping) -> Mapping:
     "The record itself; `InputError` that names what it lacks or contradicts"
+    if not isinstance(record, Mapping):
+        raise InputError(f"a {type(record).__name__} is no run record", where="records",
+                         expected="a run record as `avvp_nb.run` writes it")
     key = record.get("key", "run record")
     missing = [k for k in NEEDED if k not in record]
     if missing: raise InputError(f"lacks {', '.join(missing)}", where=key,
                                  expected="a run record as `avvp_nb.run` writes it")
-    simulated, mark = record["data"].get("simulated"), record["data"].get("mark", "")
+    check_whole(record, key, NEEDED)
+    simulated, mark = record["data"]["simulated"], record["data"]["mark"]
     if bool(simulated) == ("simulated" in mark): return record
     raise InputError(f"its data are{'' if simulated else ' not'} simulated, yet its mark is {mark!r}",
                      where=key,
@@ -221,15 +226,30 @@ def check_comparable(records):
                              expected="one scale and one kind of data",
                              fix="make a table for each, or pass mixed=True to show them side by side")
 
+# %% ../../nbs/results/01_groups.ipynb #3fd5391d
+def versions_of(records) -> list:
+    "The versions of this library that the records were made with, as far as they say so"
+    return sorted({str(v) for r in records if (v := r.get("versions", {}).get("avvp_nb"))})
+
+def versions_note(records,
+                  current=None,    # a version that counts as well, such as the installed one
+                  ) -> str:
+    "A sentence when records come from several versions of this library; empty when they don't"
+    found = versions_of(records)
+    if len({*found, *([current] if current else [])}) < 2: return ""
+    other = f", and this table with {current}" if current else ""
+    return f"made with several versions of avvp_nb: the runs with {' and '.join(found) or 'none'}{other}"
+
 # %% ../../nbs/results/01_groups.ipynb #7306f5f6
 def provenance(records,     # run records behind a table or figure
                **params,    # anything else that decides what is shown: notebook, rule, chosen videos
                ) -> dict:
     "Where a table or figure comes from, ready for JSON"
     records = checked(records)
-    unique = lambda f: sorted({f(r) for r in records})
+    unique, versions = lambda f: sorted({f(r) for r in records}), versions_of(records)
     return {"runs": [r["key"] for r in records], "seeds": unique(lambda r: r["spec"].get("seed", 0)),
             "scale": unique(scale_of), "mark": mark_of(records),
             "simulated": any(r["data"]["simulated"] for r in records),
             "commit": unique(lambda r: str(r.get("commit") or "unknown")),
-            "notebook": params.pop("notebook", None), "parameters": params}
+            "notebook": params.pop("notebook", None), "parameters": params,
+            **({"versions": versions} if len(versions) > 1 else {})}

@@ -35,7 +35,7 @@ from .measure import (BEST, USUAL, bench_learner, ceilings, clock, machine, prec
 from .parity import parity
 from .reproduce import duration, reproduce, stored
 from .single import run
-from .stacked import look, run_many, stack_key
+from .stacked import check_size, look, run_many, stack_key
 from ..train.lanes import Lane
 from ..train.learner import ENGINES, check_engine, pick_device
 from ..train.stack import StackedLearner
@@ -338,12 +338,16 @@ def render_tables(out: Path, papers, scale: str, seeds, data) -> list:
             except InputError as e: missing.append(f"{paper} {table} ({e})")
     return missing
 
-# %% ../../nbs/runs/08_gpu_report.ipynb #c6213859
-def check_report(pieces, engine: str, device):
+# %% ../../nbs/runs/08_gpu_report.ipynb #a0d96c6e
+def check_report(pieces, engine: str, device, budget: float = 1., stack: int = None):
     "Refuse what a report cannot be asked for"
+    if not 0 < budget < math.inf:
+        raise InputError(f"{budget} is not possible", where="budget", expected="a number of seconds above 0")
+    check_size(stack, "stack")
     for p in pieces: check_choice(p, PIECES, "pieces")
     if check_choice(engine, ("auto", *ENGINES), "engine") != "auto": check_engine(engine, device)
 
+# %% ../../nbs/runs/08_gpu_report.ipynb #c6213859
 def save_results(out: Path, m: dict, pieces, papers, scale: str, seeds, data, device):
     "Write what can be drawn and summed up from the records so far; tables without records go into `m`"
     if "tables" in pieces:
@@ -389,7 +393,7 @@ def gpu_report(out,                       # folder of the report
                now=time.monotonic,        # () -> s
                ) -> list:                 # of `Job`: what is left
     "Do as much of a report as fits into the budget; the next call continues"
-    check_report(pieces, engine, device)
+    check_report(pieces, engine, device, budget, stack)
     out, start, here = Path(out), now(), pick_device(device)
     seeds, stack = tuple(seeds or default_seeds(scale)), stack or (16 if here.type == "cuda" else 1)
     as_store(out).prepare()

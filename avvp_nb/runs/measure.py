@@ -6,7 +6,9 @@
 __all__ = ['BEST', 'USUAL', 'KINDS', 'driver', 'code_hash', 'machine', 'slug', 'wait', 'clock',
            'product_rate', 'copy_rate', 'precisions', 'ceilings', 'tensor_bytes', 'written',
            'Counter', 'bench_spec', 'with_random_seconds', 'bench_learner', 'step_cost', 'start',
-           'start_stack', 'operations', 'training_rate', 'against', 'kind_of', 'profile_step']
+           'start_stack', 'operations', 'training_rate', 'against', 'kind_of', 'profile_step',
+           'measured_kind', 'kind_seconds', 'missing', 'run_seconds', 'estimate_seconds',
+           'in_time', 'announce']
 
 # %% ../../nbs/runs/06_measure.ipynb #62c255fb
 import math
@@ -26,14 +28,16 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core import InputError, content_hash, file_hash
 from ..data.clips import Clips, random_clips
+from ..data.sources import SCALES, identify
 from ..methods.losses import DenseLoss
 from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
 from ..records.provenance import commit, hardware, versions
-from ..records.spec import LABELS, RunSpec
+from ..records.spec import LABELS, RunSpec, run_key
+from ..records.store import as_store
 from ..results.speed import shapes
 from ..train.lanes import Lane
-from ..train.learner import PRECISIONS, Learner, pick_device, products
+from ..train.learner import PRECISIONS, Learner, pick_device, predict_both, products
 from ..train.stack import StackedLearner
 
 # %% ../../nbs/runs/06_measure.ipynb #91b1bc43
@@ -281,3 +285,61 @@ def profile_step(learner, steps: int = 3) -> pd.DataFrame:
     rows = pd.DataFrame([(kind_of(e.key), ms(e)) for e in p.key_averages()], columns=["kind", "ms"])
     out = rows.groupby("kind")["ms"].sum().sort_values(ascending=False).to_frame()
     return out.assign(**{"%": 100*out["ms"]/out["ms"].sum()})
+
+# %% ../../nbs/runs/06_measure.ipynb #fc1b9614
+def measured_kind(spec: RunSpec) -> str:
+    "Equal for specs whose steps take equally long"
+    p = spec.plain()
+    return content_hash([p["method"], p["backbone"], p["options"], p["precision"], p.get("labels"),
+                         spec.data.dataset, p["recipe"]["batch_size"]])
+
+def kind_seconds(spec: RunSpec, device="cpu", steps: int = 3, now=time.perf_counter, **kwargs) -> tuple:
+    "Seconds of one training step of a spec (median of a few), and of parsing one video"
+    size, device, seconds = spec.recipe()["batch_size"], pick_device(str(device)), []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        clips = kwargs.pop("clips", None) or random_clips(size, frames=spec.base.frames)
+        one = bench_learner(clips, spec.method, spec.precision, device, size,
+                            options=spec.full_options, backbone=spec.backbone, **kwargs)
+        start(one)
+        for _ in range(steps + 1):
+            wait(device); t = now()
+            one.one_epoch(); wait(device)
+            seconds.append(now() - t)
+        part = one.train[:min(size, 32)]
+        parsing = clock(lambda: predict_both(one.model, part), device, 0, 1, 1, now)
+    return float(np.median(seconds[1:])), parsing/len(part)
+
+# %% ../../nbs/runs/06_measure.ipynb #22c54112
+def missing(specs, store) -> list:
+    "Specs, and what must come before them, that are not recorded in the store; each once"
+    store, found = as_store(store), {}
+    for spec in specs:
+        for s in (*spec.base.first(spec), spec):
+            found.setdefault(run_key(s, identify(s.data, store.root/"cache", s.base.frames)[0]), s)
+    return [s for key, s in found.items() if not store.record_path(key).exists()]
+
+def run_seconds(spec: RunSpec, step: float, parsing: float) -> float:
+    "Seconds of a run, from those of a step and of parsing a video"
+    r, n = spec.recipe(), SCALES[spec.scale]
+    return r["epochs"]*(math.ceil(n.train/r["batch_size"])*step + n.val*parsing) + n.test*parsing
+
+def estimate_seconds(specs, device="cpu", **kwargs) -> float:    # `kwargs` go to `kind_seconds`
+    "Seconds that training these specs takes on this machine, from a few timed steps of each kind"
+    kinds = {measured_kind(s): s for s in specs}
+    rates = {k: kind_seconds(s, device, **kwargs) for k, s in kinds.items()}
+    return sum(run_seconds(s, *rates[measured_kind(s)]) for s in specs)
+
+# %% ../../nbs/runs/06_measure.ipynb #99e9d5cd
+def in_time(seconds: float) -> str:
+    "A length of time in the unit that one would say"
+    for name, size in (("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5*size: return f"{seconds/size:.{int(seconds < 10*size)}f} {name}s"
+    return f"{max(1, math.ceil(seconds))} second{'s'*(seconds > 1)}"
+
+def announce(specs, store, device="auto", estimate=estimate_seconds) -> str:
+    "How long the runs that are missing in the store will take here, in one line"
+    todo, here = missing(specs, store), pick_device(str(device))
+    if not todo: return "All runs are recorded: nothing to train."
+    name = f"this {here.type.upper()}, {torch.get_num_threads()} threads, as busy as it is now"
+    took = in_time(estimate(todo, here))
+    return f"Training {len(todo)} run{'s'*(len(todo) > 1)} will take about {took} (measured on {name})."

@@ -17,7 +17,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,8 @@ from ..data.sources import SCALES, identify, load_data
 from ..methods.zoo import METHODS
 from ..records.spec import RunSpec, describe, run_key
 from ..records.store import Store, as_store
-from .single import finish, learner_of, make_record, product_of
+from .single import (finish, learner_of, make_record, product_of, recorded, sweep_store,
+                                 turn)
 from ..train.callbacks import CheckpointCB, ProgressCB, ScoreCB, ValidateCB
 from ..train.learner import Learner, epoch_seed, inputs, pick_device
 
@@ -182,22 +183,23 @@ def agree(f):
     return value
 
 @contextmanager
-def locked(store: Store, key: str):
-    "The lock of a run, held by process 0 for all"
-    lock = store.lock(key)
-    agree(lambda: lock.acquire() and None)
-    try: yield
-    finally: lock.release(force=True)
+def locked(store: Store, key: str, tell: bool = True):
+    "The lock of a run, held by process 0 for all; `tell` says for whom it waits"
+    with ExitStack() as held:
+        agree(lambda: held.enter_context(turn(store, key, tell)))
+        yield
 
 # %% ../../nbs/runs/02_parallel.ipynb #961265d1
 def run_here(spec: RunSpec, store: Store, device: torch.device, progress: str) -> dict:
     "One run by all processes of the group; the record"
     check_separable(spec)
     identity = agree(lambda: identify(spec.data, store.root/"cache")[0])
-    agree(store.prepare)
     key = run_key(spec, identity)
+    record = agree(lambda: recorded(store, key))
+    if record is not None: return record
+    agree(lambda: store.prepare() or sweep_store(store))
     for f in spec.base.first(spec): run_here(f, store, device, progress)
-    with locked(store, key):
+    with locked(store, key, progress != "off"):
         record = agree(lambda: store.record(key))
         if record is not None: return record
         agree(lambda: product_of(spec, store, str(device), "off") and None)    # computed once ...

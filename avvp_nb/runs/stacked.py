@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOMINAL', 'STACK_LIMIT', 'SHARE', 'Look', 'look', 'stack_key', 'StackPlan', 'plan_stacks',
            'saved_bytes', 'run_bytes', 'stack_size', 'StackFailure', 'Job', 'locked', 'epoch_of',
-           'make_lane', 'Report', 'setback', 'Parts', 'StackRunner', 'run_stacked', 'run_many']
+           'make_lane', 'check_size', 'Report', 'setback', 'Parts', 'Singles', 'StackRunner',
+           'run_stacked', 'run_many']
 
 # %% ../../nbs/runs/01_stacked.ipynb #88433cbf
 import gc
@@ -25,7 +26,8 @@ from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
 from ..records.spec import describe, run_key
 from ..records.store import as_store
-from .single import finish, learner_of, make_record, product_of, run
+from .single import (finish, learner_of, make_record, product_of, recorded, run, sweep_store,
+                                 turn)
 from ..train.callbacks import CheckpointCB
 from ..train.lanes import Lane, architecture, why_not
 from ..train.learner import pick_device, resident, using
@@ -129,10 +131,10 @@ class Job(NamedTuple):
     first: list       # keys of the runs that came first
 
 @contextmanager
-def locked(store, keys):
-    "The locks of all these runs, taken in the order of their keys"
+def locked(store, keys, tell: bool = False):
+    "The locks of all these runs, taken in the order of their keys; `tell` says for whom it waits"
     with ExitStack() as stack:
-        for key in sorted(keys): stack.enter_context(store.lock(key))
+        for key in sorted(keys): stack.enter_context(turn(store, key, tell))
         yield
 
 def epoch_of(store, key: str) -> int:
@@ -149,16 +151,20 @@ def make_lane(job: Job, data, store, device, clips=None) -> tuple:
         lane.train = replace(lane.train, audio=clips.audio, frames=clips.frames, motion=clips.motion)
     return lane, keep
 
+# %% ../../nbs/runs/01_stacked.ipynb #10785060
+def check_size(size: Optional[int], where: str):
+    "Raise an `InputError` for a stack of less than one run"
+    if size is not None and size < 1:
+        raise InputError(f"{size} is not possible", where=where, expected="at least 1")
+
 # %% ../../nbs/runs/01_stacked.ipynb #f0f40e87
 class Report:
     "Which runs there are, and what failed"
     def __init__(self, store, device: str = "auto", progress: str = "auto", size: Optional[int] = None):
+        check_size(size, "size")
         self.store = as_store(store)
         self.device, self.progress, self.size = pick_device(device), progress, size
-        self.failures, self.identities = {}, {}
-        if size is not None and size < 1:
-            raise InputError(f"{size} is not possible", where="size", expected="at least 1")
-        self.store.prepare()
+        self.failures, self.identities, self.again = {}, {}, set()     # keys that are repeated
 
     def say(self, text: str):
         if self.progress != "off": print(text, flush=True)
@@ -171,7 +177,8 @@ class Report:
         return run_key(spec, self.identities[data])
 
     def settled(self, spec) -> bool:
-        return self.key(spec) in self.failures or self.store.record(self.key(spec)) is not None
+        key = self.key(spec)
+        return key in self.failures or key not in self.again and recorded(self.store, key) is not None
 
     def fail(self, spec, why: str):
         "Report a run that cannot be finished"
@@ -182,7 +189,8 @@ class Report:
         "The run with what its first stage produced, or None when that is not to be had"
         lost = [f for f in spec.base.first(spec) if self.key(f) in self.failures]
         if lost: return self.fail(spec, f"what must come first has failed: {describe(lost[0])}")
-        try: return Job(spec, self.key(spec), *product_of(spec, self.store, str(self.device), "off"))
+        again = self.key(spec) in self.again
+        try: return Job(spec, self.key(spec), *product_of(spec, self.store, str(self.device), "off", again))
         except Exception: self.fail(spec, traceback.format_exc())
 
 # %% ../../nbs/runs/01_stacked.ipynb #66771873
@@ -223,23 +231,30 @@ class Parts(Report):
         "Write the record of a trained lane"
         record = make_record(job.key, job.spec, data, lane, keep, job.first) | more
         finish(self.store, record, data["test"], lane.model, data["val"])
+        self.again.discard(job.key)
+
+# %% ../../nbs/runs/01_stacked.ipynb #e620b931
+class Singles(Parts):
+    "Runs what has no partner"
+    def alone(self, spec, why: str):
+        self.say(f"alone: {describe(spec)} ({why})")
+        again = {"fresh": True} if self.key(spec) in self.again else {}
+        try: run(spec, self.store, str(self.device), self.progress, **again)
+        except Exception: self.fail(spec, traceback.format_exc())
+        self.again.discard(self.key(spec))
 
 # %% ../../nbs/runs/01_stacked.ipynb #20219c63
-class StackRunner(Parts):
+class StackRunner(Singles):
     "Runs lists of specs in stacks"
     def all(self, specs):
         "Bring all specs to a record or to a failure"
         todo = [s for s in {self.key(s): s for s in specs}.values() if not self.settled(s)]
+        if todo: self.store.prepare(); sweep_store(self.store)
         firsts = [f for s in todo for f in s.base.first(s)]
         if firsts: self.all(firsts)
         plan = plan_stacks([s for s in todo if not self.settled(s)])
         for spec, why in plan.alone: self.alone(spec, why)
         for specs in plan.stacks: self.stack(specs)
-
-    def alone(self, spec, why: str):
-        self.say(f"alone: {describe(spec)} ({why})")
-        try: run(spec, self.store, str(self.device), self.progress)
-        except Exception: self.fail(spec, traceback.format_exc())
 
     def stack(self, specs):
         "Train specs of one `stack_key`, as many at once as there is room for"
@@ -247,7 +262,8 @@ class StackRunner(Parts):
         if not jobs: return
         data = load_data(specs[0].data, specs[0].scale, self.store.root/"cache", specs[0].base.frames)
         size = self.size or stack_size(specs[0], data["train"], self.device)
-        with locked(self.store, [j.key for j in jobs]):
+        with locked(self.store, [j.key for j in jobs], self.progress != "off"):
+            for k in self.again & {j.key for j in jobs}: self.store.checkpoint_path(k).unlink(missing_ok=True)
             while jobs := [j for j in jobs if not self.settled(j.spec)]:
                 part = self.part(jobs, size)
                 try: self.train(part, data)
@@ -266,11 +282,13 @@ def run_stacked(specs,                       # what to run
                 progress: str = "auto",      # 'off', or anything else for a line an epoch
                 size: Optional[int] = None,  # most runs of a stack; None: see `stack_size`
                 engine: Optional[str] = None,   # 'eager' or 'graphs', see `learner.ENGINES`
+                fresh: bool = False,         # repeat recorded runs and replace their records
                 ) -> list:                   # records, in the order of the specs
     "Records of several runs, trained together where possible; raises `StackFailure` when all others are done"
     if engine:
-        with using(engine, device): return run_stacked(specs, store, device, progress, size)
+        with using(engine, device): return run_stacked(specs, store, device, progress, size, fresh=fresh)
     runner = StackRunner(store, device, progress, size)
+    if fresh: runner.again = set(map(runner.key, specs))
     runner.all(specs)
     records = [runner.store.record(runner.key(s)) for s in specs]
     if runner.failures: raise StackFailure(runner.failures, records)
@@ -282,13 +300,15 @@ def run_many(specs,                         # what to run
              device: str = "auto", progress: str = "auto",
              stack: Optional[int] = None,   # most runs of a stack; None: see `stack_size`, 1 on a CPU
              engine: Optional[str] = None,  # as for `run`; with 'compile' every run is trained alone
+             fresh: bool = False,           # repeat recorded runs and replace their records
              ) -> list:                     # records, in the order of the specs
     "Records of several runs; says what is done, what is being trained, and about how long it will take"
+    check_size(stack, "stack")
     if engine:
         with using(engine, device):
-            return run_many(specs, store, device, progress, 1 if engine == "compile" else stack)
+            return run_many(specs, store, device, progress, 1 if engine == "compile" else stack, fresh=fresh)
     if stack != 1 and (stack or pick_device(device).type != "cpu"):
-        return run_stacked(specs, store, device, progress, stack)
+        return run_stacked(specs, store, device, progress, stack, fresh=fresh)
     out, start, trained = [], time.monotonic(), 0
     for i, spec in enumerate(specs):
         if progress != "off":
@@ -296,6 +316,6 @@ def run_many(specs,                         # what to run
             print(f"[{i + 1}/{len(specs)}] {describe(spec)}" + f", about {left:.0f} s left"*(trained > 0),
                   flush=True)
         t0 = time.monotonic()
-        out.append(run(spec, store, device, progress))
+        out.append(run(spec, store, device, progress, fresh=fresh))
         trained += time.monotonic() - t0 > 1
     return out

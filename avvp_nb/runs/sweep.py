@@ -7,9 +7,9 @@ __all__ = ['EXECUTORS', 'ELSEWHERE', 'Task', 'grouped', 'plan_tasks', 'Failure',
            'keys_of', 'run_group', 'attempt_stack', 'Job', 'Outcome', 'Shared', 'open_out', 'free',
            'outcome_of', 'compute', 'held_up', 'work', 'fallen', 'ended', 'local', 'needs',
            'start_ray', 'on_ray', 'Requeued', 'layers', 'on_slurm', 'say', 'line', 'check_written',
-           'sweep', 'add_arguments', 'collect', 'cmd_sweep', 'TABLE_KEYS', 'check_keys',
-           'combinations', 'expand', 'expand_tables', 'names', 'read_data', 'read_grid',
-           'read_grid_file', 'spec_at']
+           'check_sweep', 'sweep', 'add_arguments', 'collect', 'cmd_sweep', 'TABLE_KEYS',
+           'check_keys', 'combinations', 'expand', 'expand_tables', 'names', 'read_data',
+           'read_grid', 'read_grid_file', 'spec_at']
 
 # %% ../../nbs/runs/05_sweep.ipynb #2c6f4bb7
 import importlib.util
@@ -312,6 +312,21 @@ def check_written(place, outcomes) -> list:
     def lost(o): return o.state in ("trained", "recorded") and o.key not in there
     return [Outcome(o.key, "failed", ELSEWHERE, worker=o.worker) if lost(o) else o for o in outcomes]
 
+# %% ../../nbs/runs/05_sweep.ipynb #40c31e89
+def check_sweep(progress: str = "lines", stack: int = 1, gpus: float = .25, retries: int = 3,
+                minutes: int = 240, pulse: float = 10., patience: float = 120., **_):
+    "Raise an `InputError` for a setting of a sweep that is not possible"
+    check_choice(progress, ("auto", "bar", "lines", "off"), "progress")
+    least = {"stack": (stack, 1), "gpus": (gpus, 0), "retries": (retries, 0), "minutes": (minutes, 1)}
+    for k, (x, low) in least.items():
+        if not low <= x < math.inf:
+            raise InputError(f"{x} is not possible", where=k, expected=f"at least {low}")
+    if not 0 < pulse < math.inf:
+        raise InputError(f"{pulse} is not possible", where="pulse", expected="seconds between two heartbeats")
+    if not pulse < patience:
+        raise InputError(f"{patience} is not possible", where="patience",
+                         expected=f"more than pulse ({pulse})")
+
 # %% ../../nbs/runs/05_sweep.ipynb #74265380
 def sweep(specs,                     # see `read_grid`; what must come first is added
           out="runs",                # folder or URL of the store
@@ -325,7 +340,7 @@ def sweep(specs,                     # see `read_grid`; what must come first is 
     "Make the runs that the store lacks, each once; failed runs are outcomes and stop only what needs them"
     specs = with_first(specs)
     do = EXECUTORS[check_choice(executor, EXECUTORS, "executor")]
-    if stack < 1: raise InputError(f"{stack} is not possible", where="stack", expected="at least 1")
+    check_sweep(progress, stack, pulse=pulse, patience=patience, **settings)
     if engine and executor == "local": check_engine(engine, device)
     elif engine: check_choice(engine, ENGINES, "engine")               # workers have other devices
     job = Job(str(out), device, progress, None if stage is None else str(stage), pulse, patience,

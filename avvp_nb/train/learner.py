@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['STEP', 'PRECISIONS', 'ENGINES', 'epoch_seed', 'batches', 'Callback', 'overrides', 'joint',
-           'in_order', 'inputs', 'predict', 'two_passes', 'predict_both', 'pick_device',
-           'products', 'deterministic_mode', 'in_words', 'check_shapes', 'undisturbed',
+           'in_order', 'inputs', 'evaluating', 'predict', 'two_passes', 'predict_both',
+           'pick_device', 'check_precision', 'in_words', 'check_shapes', 'undisturbed',
            'check_model', 'check_loss', 'NotFiniteError', 'check_terms', 'check_engine', 'using',
            'Engine', 'Recording', 'detached', 'Forward', 'Step', 'Loop', 'logged_epoch', 'Learner',
            'resident']
 
 # %% ../../nbs/train/00_learner.ipynb #62d44179
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ import numpy as np
 import torch
 
 from ..core import InputError, Parsing, check_choice
+from ..surroundings import (at_home, bf16_slowdown, check_trainable, deterministic_mode, explained,
+                                  products, usual)
 from .graphs import Recorded, tape_for
 
 # %% ../../nbs/train/00_learner.ipynb #72977fc0
@@ -100,16 +103,22 @@ def _padded(parsing: Parsing, T: int, mask=None) -> Parsing:
     missing = T - p.segments.shape[1]
     return replace(p, segments=np.pad(p.segments, ((0, 0), (0, missing), (0, 0), (0, 0)))) if missing else p
 
+@contextmanager
+def evaluating(model):
+    "The model in evaluation mode; afterwards the mode of every module is what it was"
+    modes = [(m, m.training) for m in model.modules()]
+    try: yield model.eval()
+    finally:
+        for m, training in modes: m.training = training
+
+@usual()
 def _predicted(forward, model, clips, batch_size: int, device) -> list:
     "Lists of parsings of all clips, one for each that `forward(batch)` returns, in eval mode"
     device = device or next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with evaluating(model), explained(model), products("fp32"), torch.inference_mode():
         batches = (clips.batch(np.arange(i, min(i + batch_size, len(clips))), device)
                    for i in range(0, len(clips), batch_size))
         parts = [[_padded(p, clips.audio.shape[1], b.mask) for p in forward(b)] for b in batches]
-    model.train(was_training)
     return [Parsing.cat(p) for p in zip(*parts)]
 
 def predict(model, clips, batch_size: int = 256, device=None, **kwargs) -> Parsing:
@@ -137,27 +146,21 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 def pick_device(device: str = "auto") -> torch.device:
     "The named device, or the GPU when there is one; raises `InputError` for one that isn't there"
     if device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: d = torch.device(device); torch.empty(0, device=d)
+    try: d = torch.device(device); torch.empty(1, device=d).tolist()      # 'meta' has no numbers
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"{device!r} cannot be used ({str(e).splitlines()[0]})", where="device",
                          expected="'auto', 'cpu' or 'cuda'") from e
     return d
 
-@contextmanager
-def products(precision: str):
-    "TF32 products on a GPU inside the block when `precision` is 'tf32', full float32 otherwise"
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    try: yield
-    finally: torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-@contextmanager
-def deterministic_mode(on: bool):
-    "Reproducible kernels inside the block, the previous setting after it"
-    before = torch.are_deterministic_algorithms_enabled()
-    if on: torch.use_deterministic_algorithms(True, warn_only=True)
-    try: yield
-    finally: torch.use_deterministic_algorithms(before)
+def check_precision(precision: str, device=torch.device("cpu"), clock=time.perf_counter) -> str:
+    "The precision; `InputError` for an unknown one, and for bf16 on a processor that only imitates it"
+    slow = check_choice(precision, PRECISIONS, "precision") == "bf16" and torch.device(device).type == "cpu"
+    if not slow or os.environ.get("AVVP_SLOW_BF16"): return precision
+    times = bf16_slowdown(clock)
+    if times < 3: return precision
+    raise InputError(f"'bf16' takes {times:.0f} times as long as 'fp32' on this processor, which only "
+                     "imitates its products", where="precision", expected="'fp32' here",
+                     fix="set AVVP_SLOW_BF16=1 to do it anyway")
 
 # %% ../../nbs/train/00_learner.ipynb #a1a56092
 def _shape(x): return tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
@@ -180,17 +183,14 @@ def check_shapes(parsing, batch, where: str = "model"):   # what the message cal
 @contextmanager
 def undisturbed(model, device):
     "The model in evaluation mode without gradients; afterwards modes and random numbers are what they were"
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield model.eval()
-    finally:
-        for m, training in modes: m.training = training
+    with evaluating(model), torch.no_grad():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []): yield model
 
 def check_model(model, clips, device=torch.device("cpu")):
     "Raise an `InputError` that names what the model returns for two clips, unless that is their `Parsing`"
     b = clips.batch(np.arange(min(2, len(clips))), device)
-    with undisturbed(model, device): check_shapes(model(*b.features, **inputs(b)), b, type(model).__name__)
+    with undisturbed(model, device), explained(model): parsing = model(*b.features, **inputs(b))
+    check_shapes(parsing, b, type(model).__name__)
 
 # %% ../../nbs/train/00_learner.ipynb #3bb7f1a1
 def check_loss(terms):
@@ -397,11 +397,12 @@ class Learner(Loop):
                  device: str = "auto", precision: str = "fp32",
                  deterministic: bool = False, callbacks=(),
                  engine: Optional[str] = None):         # one of `ENGINES`; None: that of `using`, or 'eager'
-        self.device, self.precision = pick_device(device), check_choice(precision, PRECISIONS, "precision")
+        self.device = pick_device(device)
+        self.precision, self.callbacks = check_precision(precision, self.device), in_order(callbacks)
         if batch_size < 1:
             raise InputError(f"{batch_size} is not possible", where="batch_size", expected="at least 1")
         if not len(train): raise InputError("no videos to train on", where="train")
-        self.callbacks = in_order(callbacks)
+        check_trainable(model)
         self.model, self.loss, self.train = model.to(self.device), loss, train
         self.start_engine(engine)
         self.lr, self.batch_size, self.epochs, self.step, self.factor = lr, batch_size, epochs, step, factor
@@ -409,6 +410,7 @@ class Learner(Loop):
         self.opt = torch.optim.Adam(self.model.parameters(), lr, fused=True)
         self.epoch, self.history = 0, []                # epochs done, and one log each
 
+    @at_home()
     def fit(self):
         "Train from `self.epoch` to the end; returns the learner"
         check_model(self.model, self.train, self.device)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ..core import InputError, Parsing
 from ..metrics import evaluate_lanes, flat
+from ..surroundings import at_home
 from .lanes import (Adams, Memory, Passes, Together, _Method, architecture, meaning, packed,
                                  rate_key, unpacked, why_not)
 from .learner import (Loop, batches, check_loss, check_model, check_terms, deterministic_mode,
@@ -232,6 +233,7 @@ class LoggedEpochs(Epochs):
 # %% ../../nbs/train/05_stack.ipynb #94860d29
 class Fit(LoggedEpochs):
     "From the first epoch to the last"
+    @at_home()
     def fit(self):
         "Train all lanes to the end; returns the stack, with those that failed in `failed`"
         first = self.lanes[0]                     # all have its architecture, so one look is enough
