@@ -160,7 +160,7 @@ class Same:
 
 
 @pytest.mark.parametrize("records, id, videos, why", [
-    ([], "D-cremad.vid.accuracy", None, "another data set, cremad"), ([], "H-main-stpn.seg.V", None, "baseline STPN"),
+    ([], "D-cremad.vid.accuracy", None, "another data set, cremad"), ([], "H-main-stpn.seg.V", None, "no runs of HAN, STPN"),
     ([], MAX, None, "no runs of HAN (loss=wsl+g, pooling=attentive"), (pair()[:3], MAX, None, "no runs of HAN (loss=wsl+g, pooling=max"),
     (pair(seeds=(1,))[:1] + pair(seeds=(2,))[1:], MAX, None, "no seed in common"),
     (pair(seeds=(1,)), MAX, None, "one seed, and no stored probabilities"),
@@ -169,6 +169,19 @@ class Same:
 def test_what_cannot_be_tested_says_why(records, id, videos, why):
     got = judged(records, id, videos)
     assert got["verdict"] == C.UNTESTABLE and why in got["why"] and math.isnan(got["ours"])
+
+
+def test_a_baseline_without_a_system_is_named(monkeypatch):
+    monkeypatch.setitem(PRINTED_ONLY, "stpn", "nobody has built it")
+    got = judged(of("han"), "H-main-stpn.seg.V")
+    assert got["verdict"] == C.UNTESTABLE and got["why"] == "no system of ours for the baseline STPN" and math.isnan(got["ours"])
+    assert not C.untestable(line("H-main-avsdn.seg.A"))
+
+
+@pytest.mark.parametrize("id, method", [("H-main-stpn.seg.V", "stpn"), ("H-main-talnet.evt.A", "talnet"), ("H-main-avsdn.seg.AV", "avsdn")])
+def test_baselines_that_have_a_system_are_judged_by_its_runs(id, method):
+    got = judged(of("han", gain=20.0, noise=0) + of(method, gain=-2.0, noise=0), id)
+    assert got["ours"] == pytest.approx(22) and got["verdict"] == C.REPRODUCED and len(got["runs"]) == 6
 
 
 def test_one_seed_falls_back_on_videos_and_says_so():
@@ -283,7 +296,9 @@ def test_the_table_of_claims(lines):
     part = lines[lines["claim"] == "M-refine"]
     assert row.mean["difference", "ours"] == pytest.approx(part["ours"].mean()) and row.mean["lines", X] == 1
     assert set(row.info["runs"]) == {k for ks in part["runs"] for k in ks} and "simulated" in row.source
-    assert next(r for r in t.rows if r.name == "H-main-ave").mean["", "verdict"].startswith("not testable here (no system")
+    untested = C.judge_claims([], "han", "tiny")
+    assert next(r for r in P.claims_table(untested, "han").rows if r.name == "H-main-ave").mean["", "verdict"].startswith("not testable here (no runs")
+    assert next(r for r in t.rows if r.name == "H-main-ave").mean["", "verdict"] in (R, S)
     assert t.provenance["simulated"] and set(row.info["runs"]) <= set(t.provenance["runs"]) and t.mark == MARK
     assert "says nothing about LLP" in t.notes[0] and P.RULE_NOTE in t.notes
 

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import micro
 import numpy as np
@@ -239,7 +240,9 @@ def test_a_store_without_some_videos_can_be_run(unav, shell, tmp_path):
     status, _, err = shell(*args)
     assert status == 2 and "1 missing; 12 of 13 videos can be used" in err and "fetch it" in err
     assert shell(*args, "--on-missing", "drop")[0] == 0
-    clips = load_data(DataSpec(str(unav), str(tmp_path / "store"), dataset="unav100"), "micro", tmp_path / "cache")
+    data = DataSpec(str(unav), str(tmp_path / "store"), dataset="unav100")
+    with pytest.raises(InputError, match="no features for 1 of 6 train videos .*--on-missing drop"): load_data(data, "micro", tmp_path / "cache")
+    clips = load_data(replace(data, on_missing="drop"), "micro", tmp_path / "cache")
     assert [len(c) for c in clips.values()] == [5, 3, 4] and clips["train"].rows.tolist() == [0, 2, 3, 4, 5]
     annotations = U.load_unav(unav)
     part = UF.load_unav_clips(annotations, open_store(tmp_path / "store"), "train", 3, on_missing="drop")     # of those that are there
@@ -318,11 +321,12 @@ def test_llp_is_meant_unless_another_is_named(shell, tmp_path):
     assert shell("simulate", llp, "--videos", "4", "2", "2", "--seed", "1")[0] == 0
     args = ["doctor", llp / "feats", "--annotations", llp / "data"]
     status, out, _ = shell(*args)
-    assert status == 0 and out == "FeatureReport(8 of 8 videos usable, T=10, every number checked, 0 findings)\n\n"
+    assert status == 0 and out.startswith("FeatureReport(8 of 8 videos usable, T=10, every number checked, 0 findings)\n")
+    assert {k: (v["annotated"], v["usable"]) for k, v in table(out).items()} == {"train": (4, 4), "val": (2, 2), "test": (2, 2)}
     assert shell(*args, "--dataset", "llp")[:2] == (status, out)
     (llp / "feats" / "vggish" / "simtr000002.npy").unlink()
     status, out, _ = shell(*args, "--quick")
-    assert status == 1 and "7 of 8 videos usable" in out and "missing" in out and "simtr000002.npy" in out
+    assert status == 1 and "7 of 8 videos usable" in out and table(out)["train"]["missing"] == 1 and "1 missing. " in out and "simtr000002.npy" in out
     assert shell("pack", llp / "feats", tmp_path / "store", "--annotations", llp / "data", "--on-missing", "drop")[0] == 0
     assert len(open_store(tmp_path / "store")) == 7
 

@@ -441,8 +441,12 @@ print(m.main(["annotations", "nowhere"]))
 """
 
 
+def listen(): signal.signal(signal.SIGINT, signal.default_int_handler)   # a suite in the background of a shell ignores it
+
+
 def pressed(name, before=""):
-    return subprocess.run([sys.executable, "-c", DURING.format(name=name, before=before)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", DURING.format(name=name, before=before)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, preexec_fn=listen)
 
 
 @pytest.mark.parametrize("name", ["avvp_nb.cli", "argparse", "avvp_nb.core", "numpy"])

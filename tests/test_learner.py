@@ -257,6 +257,76 @@ def test_an_unknown_metric_is_refused_before_training():
     with pytest.raises(InputError, match="select: 'segment/Type' is not possible"): ValidateCB(VALID, select="segment/Type")
 
 
+# --- several networks in one module ----------------------------------------------------------------------------------
+
+class Two(nn.Module):
+    "Two networks; `scales` are their shares of the learning rate, None: nothing is said about it"
+    def __init__(self, scales=None, dropout=0.):
+        super().__init__()
+        self.nets = nn.ModuleList(toy_han(seed, dropout=dropout) for seed in (0, 1))
+        if scales: self.parameter_groups = lambda: [{"params": n.parameters(), "scale": s} for n, s in zip(self.nets, scales)]
+    def forward(self, *x):
+        p, q = (n(*x) for n in self.nets)
+        p.extra["other"] = q
+        return p
+
+
+def both(parsing, batch):
+    return {f"{k} {n}": v for n, p in enumerate((parsing, parsing.extra["other"])) for k, v in GuidedLoss()(p, batch).items()}
+
+
+@pytest.mark.parametrize("scales", [None, (1., 1.), (1., .2), (3., .5)])
+def test_networks_in_one_module_are_trained_as_if_alone(scales):
+    got = learner(model=Two(scales), loss=both, step=2).fit()
+    for n, (net, s) in enumerate(zip(got.model.nets, scales or (1., 1.))):
+        alone = learner(model=toy_han(n, dropout=0.), lr=s * 1e-2, step=2).fit()
+        for p, q in zip(net.parameters(), alone.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        for h, g in zip(got.history, alone.history):
+            assert [h["loss"][f"{k} {n}"] for k in g["loss"]] == pytest.approx(list(g["loss"].values()), rel=1e-5)
+    assert [h["lr"] for h in got.history] == pytest.approx([1e-2, 1e-2, 1e-3])
+
+
+def test_rates_of_one_are_no_rates_at_all():
+    a, b = (learner(model=Two(s, dropout=.1), loss=both).fit() for s in (None, (1., 1.)))
+    assert same_weights(a.model, b.model) and losses(a.history) == losses(b.history)
+
+
+def test_a_network_without_groups_has_one_without_a_scale():
+    assert [set(g) for g in learner().opt.param_groups] == [set(torch.optim.Adam(toy_han().parameters()).param_groups[0])]
+    assert len(learner(model=Two((1., .2)), loss=both).opt.state_dict()["param_groups"]) == 2
+
+
+@pytest.mark.parametrize("groups, message", [
+    (lambda m: [{"params": m.nets[0].parameters()}], "'nets.1.project.audio.weight' is in 0 groups"),
+    (lambda m: [{"params": n.parameters()} for n in (*m.nets, m.nets[1])], "'nets.1.project.audio.weight' is in 2 groups"),
+    (lambda m: [{"params": m.parameters(), "scale": s} for s in (0.,)], "scale 0.0 is not possible"),
+    (lambda m: [{"params": m.parameters(), "scale": float("inf")}], "scale inf"), (lambda m: [{"params": m.parameters(), "scale": float("nan")}], "scale nan")])
+def test_impossible_groups_are_refused(groups, message):
+    model = Two()
+    model.parameter_groups = lambda: groups(model)
+    with pytest.raises(InputError, match=message): learner(model=model, loss=both)
+
+
+def test_what_is_not_trained_needs_no_group():
+    model = Two()
+    model.nets[1].requires_grad_(False)
+    model.parameter_groups = lambda: [{"params": model.nets[0].parameters(), "scale": .5}]
+    before = {k: v.clone() for k, v in model.nets[1].state_dict().items()}
+    got = learner(model=model).fit()
+    assert all(torch.equal(v, before[k]) for k, v in got.model.nets[1].state_dict().items())
+
+
+@pytest.mark.parametrize("at", [(1, 0), (2, 1)])
+def test_an_interrupted_pair_continues_bit_for_bit(tmp_path, at):
+    def run(path, *more): return kept_run(path, *more, model=Two((1., .2), dropout=.1), loss=both)[0]
+    want = run(tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt): run(tmp_path / "c.pt", StopAt(*at))
+    got = run(tmp_path / "c.pt")
+    assert same_weights(got.model, want.model) and losses(got.history) == losses(want.history)
+    assert [g["scale"] for g in got.opt.param_groups] == [1., .2]
+    with pytest.raises(InputError, match="its optimiser has other groups"): kept_run(tmp_path / "c.pt", model=Two(), loss=both)
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 def kept_run(path, *extra, select="segment/Type@AV", epochs=4, **kw):

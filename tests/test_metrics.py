@@ -547,7 +547,7 @@ def test_rules_are_values():
     assert rule == RULES["cmpae"].with_(visual_gate=CMPAE_SELECTED, name="selected") and hash(rule) is not None
     assert rule != RULES["cmpae"] and RULES["cmpae"].visual_gate == .45
     assert RULES["ma"].with_(segment=.4).name == "ma*"
-    assert list(RULES.table().index) == ["han", "ma", "jomold", "cmpae", "coleaf"]
+    assert list(RULES.table().index) == ["han", "ma", "jomold", "cmpae", "coleaf", "nrep", "mmcse", "leap"]
     assert "0.3…0.7 (25 classes)" in type(RULES)(selected=rule)._repr_html_()
 
 

@@ -19,21 +19,24 @@ from avvp_nb.results import groups
 from avvp_nb.results import plans as P
 from avvp_nb.results import rows as W
 from avvp_nb.results import rules as L
+from avvp_nb.results.field import field_lines
 from avvp_nb.results.groups import SELECTED
 from avvp_nb.results.reported import reported, reported_lines
 from avvp_nb.runs import reproduce as R
 
 MARK = "simulated v1 seed=0 world=7"
 GAIN = {"han": 0.0, "ma": 2.0, "jomold": 3.0, "jomold_estimator": -5.0, "dgm": 4.0, "cmpae": 3.0, "coleaf": 5.0, "valor": 4.5}
+OTHERS = {m: -1.0 - i / 10 for i, m in enumerate(sorted(set(METHODS) - set(GAIN)))}     # every other system has its own number
 ONLY = {"skip": -20.0, "pooled": -30.0}  # points by which the corrected scores of invented records are lower
 ALL = [(p, t) for p, ts in W.TABLES.items() for t in ts]
 each_table = pytest.mark.parametrize("paper, table", ALL)
+NEW = ("kong", "talnet", "stpn", "cmcs", "ave", "avsdn")      # the rows of HAN's Table 1 that are no ablations of HAN
 
 
 def record_of(spec, gain=None, noise=0.1, rules=None, **changes):
     "A record with invented numbers for a real spec; the seed moves all systems alike, so pairing matters"
     rng = np.random.default_rng([spec.seed, int(content_hash(spec.plain()), 16) % 2**32])
-    gain, rules = GAIN[spec.method] if gain is None else gain, rules or dict.fromkeys(RULES, 0.0)
+    gain, rules = (GAIN | OTHERS)[spec.method] if gain is None else gain, rules or dict.fromkeys(RULES, 0.0)
 
     def scores(shift):
         x = {m: 50 + gain + shift + 2 * spec.seed + noise * rng.normal() for m in METRICS}
@@ -86,7 +89,9 @@ def trained(monkeypatch):
 def test_every_printed_row_is_mapped_or_listed_as_printed_only(paper, table):
     plan = P.plan(paper, table)
     printed = reported(paper, table, dataset=None).reset_index()[["method", "variant"]].drop_duplicates()
-    assert [(r.method, r.variant) for r in plan.rows] == list(printed.itertuples(index=False, name=None))
+    controls = list(P.CONTROLS.get((paper, table), ()))
+    assert [(r.method, r.variant) for r in plan.rows] == list(printed.itertuples(index=False, name=None)) + controls
+    assert [plan.printed(r).empty for r in plan.rows] == [(r.method, r.variant) in controls for r in plan.rows]
     for r in plan.rows:
         assert (r.method in W.PRINTED_ONLY) == (not r.specs) == bool(r.reason)
         assert [s.seed for s in r.specs] in ([], [1, 2, 3])
@@ -97,8 +102,20 @@ def test_all_llp_tables_of_f_scores_are_there_and_no_id_is_listed_in_vain():
     lines = reported_lines()
     part = lines[lines["paper"].isin(W.TABLES) & lines["dataset"].isin(["llp", "unav100"]) & (lines["table"] != "text")]
     assert set(ALL) == set(part[["paper", "table"]].itertuples(index=False, name=None))
-    assert set(W.row_of()) | set(W.PRINTED_ONLY) == {m.partition("@")[0] for m in part["method"]}
-    assert not set(W.row_of()) & set(W.PRINTED_ONLY)
+    printed, held = {m.partition("@")[0] for m in part["method"]}, set(W.row_of())
+    assert held | set(W.PRINTED_ONLY) >= printed >= set(W.PRINTED_ONLY) and not held & set(W.PRINTED_ONLY)
+    elsewhere = {r for r, (method, _) in W.row_of().items() if method in ("deep", "uwav")}
+    assert held - printed == elsewhere and elsewhere <= set(field_lines()["method"]), "rows of other papers' tables"
+
+
+def test_a_row_that_no_system_stands_for_is_printed_only(monkeypatch):
+    monkeypatch.setitem(W.PRINTED_ONLY, "stpn", "nobody has built it")
+    plan = P.plan("han", 1, "tiny", (1,))
+    stpn = next(r for r in plan.rows if r.method == "stpn")
+    assert (stpn.specs, stpn.reason) == ((), "nobody has built it") and all(r.specs for r in plan.rows if r is not stpn)
+    t = P.render(plan, [record_of(s) for s in plan.specs])
+    assert [r.kind for r in t.rows if r.name == "STPN"] == ["printed"] and "Printed only, no system of ours: STPN." in t.notes
+    assert "(nobody has built it)" in repr(plan) and not any(s.method == "stpn" for s in P.all_specs(seeds=(1,)))
 
 
 @each_table
@@ -159,7 +176,7 @@ def test_labels_and_data_sets_of_coleafs_tables():
     (lambda: P.plan("hna", 1), "paper: 'hna' is not possible. expected one of 'han', 'ma', 'dgm', 'coleaf'"),
     (lambda: P.plan("dgm", "III"), "table of dgm: 'III' is not possible. expected one of 'I', 'IV'"),
     (lambda: P.plan("ma", 1, "huge"), "scale: 'huge'"), (lambda: P.plan("ma", 1, seeds=[]), "no seeds"),
-    (lambda: P.plan("ma", 1, seeds=["one"]), "seed: "),
+    (lambda: P.plan("ma", 1, seeds=["one"]), "'one' is a str"),
     (lambda: W.system_of("cmpae", "thresholds=mine"), "variant 'thresholds=mine': 'mine' is not possible"),
     (lambda: P.plan("coleaf", 9), "table of coleaf: '9'"), (lambda: L.against_nothing("coleaf", "12"), "table of coleaf: '12'"),
     (lambda: W.system_of("hann"), "did you mean 'han'"), (lambda: W.system_of("ma", "t=1"), "variant 't=1': 't' is not possible"),
@@ -184,19 +201,20 @@ def test_the_whole_set_holds_every_table_once_with_its_first_stages():
     for s in specs:
         for f in s.base.first(s): assert at[key(f)] < at[key(s)], "a stage comes before what needs it"
     assert any(s.full_options.get("modulate") is False for s in specs), "DGM, Fig. 5"
-    assert len(P.all_specs("han", seeds=(1, 2))) == 2 * 14
+    assert len(P.all_specs("han", seeds=(1, 2))) == 2 * (14 + len(NEW))
+    assert {s.method for s in P.all_specs("han", seeds=(1,))} == {*NEW, "han"}
 
 
 # ---------------------------------------------------------------- the sweep
 
 def test_a_sweep_trains_what_is_missing_and_counts_the_whole(store, trained, capsys):
     specs = P.plan("ma", 3, "tiny").specs
-    assert R.train_missing(specs, store) == 4 and len(trained) == 4     # three rows and their common base
+    assert R.train_missing(specs, store) == 5 and len(trained) == 5     # three rows, a control, and their common base
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "4 runs, 0 of them recorded" and [x[:5] for x in lines[1:]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert lines[0] == "5 runs, 0 of them recorded" and [x[:5] for x in lines[1:]] == [f"[{i}/5]" for i in range(1, 6)]
     assert "left" not in lines[1] and all("left" in x for x in lines[2:])
     assert R.train_missing(P.plan("ma", 2, "tiny").specs, store) == 2
-    assert "[3/4]" in capsys.readouterr().out and len(trained) == 6
+    assert "[3/4]" in capsys.readouterr().out and len(trained) == 7
     assert R.train_missing(specs, store, progress="off") == 0 and capsys.readouterr().out == ""
 
 
@@ -235,11 +253,13 @@ def test_each_table_is_rendered_with_printed_numbers_differences_and_floors(pape
     plan = P.plan(paper, table, "tiny", (1, 2))
     records = [record_of(s) for s in plan.specs]
     t = P.render(plan, records)
+    controls = [r for r in plan.rows if (r.method, r.variant) in P.CONTROLS.get((paper, table), ())]
     for r in plan.rows:
-        assert [x.kind for x in t.rows if x.name == r.label] == (["ours", "printed", "difference"] if r.specs else ["printed"])
+        kinds = ["ours"] * bool(r.specs) + ["printed"] * (r not in controls) + ["difference"] * bool(r.specs and r not in controls)
+        assert [x.kind for x in t.rows if x.name == r.label] == kinds
     assert [r.name for r in t.rows if r.kind == "floor"] == ["nothing", "true segments"]
     order = [r.name for r in t.rows if r.kind == "printed"]
-    assert order == [r.label for r in plan.rows]
+    assert order == [r.label for r in plan.rows if r not in controls]
     row = next(r for r in plan.rows if r.specs)
     own, printed, diff = (t.row(row.label, k) for k in ("ours", "printed", "difference"))
     k = next(k for k in t.columns if k in printed.mean)     # not every table has the same columns
@@ -294,8 +314,9 @@ def test_data_sets_are_not_mixed():
 def test_a_half_finished_table_says_what_is_missing():
     plan = P.plan("ma", 3, "tiny", (1, 2))
     t = P.render(plan, [record_of(s) for s in (*plan.rows[0].specs, plan.rows[1].specs[0])])
-    assert "Not run yet: MA (refine=both)." in t.notes and "Seeds missing: MA (refine=visual) (1 of 2 seeds)." in t.notes
+    assert "Not run yet: MA (refine=both), MA (refine=random)." in t.notes and "Seeds missing: MA (refine=visual) (1 of 2 seeds)." in t.notes
     assert [r.kind for r in t.rows if r.name == "MA (refine=both)"] == ["printed"]
+    assert not [r for r in t.rows if r.name == "MA (refine=random)"], "nobody has printed it"
     with pytest.raises(InputError, match="none of its runs is recorded.*reproduce ma --table 3"): P.render(plan, [])
 
 
@@ -368,7 +389,7 @@ def test_coleafs_tables_of_real_runs(store, monkeypatch):
 
 # ---------------------------------------------------------------- rules and selection
 
-RULE = {"han": 0.0, "ma": 1.0, "jomold": 2.0, "cmpae": 0.5, "coleaf": -1.0}
+RULE = {**dict.fromkeys(RULES, 0.0), "ma": 1.0, "jomold": 2.0, "cmpae": 0.5, "coleaf": -1.0}
 
 
 def seeds_of(method, seeds=(1, 2, 3), **kw): return [record_of(W.system_of(method).spec(s, "tiny"), noise=0, rules=RULE, **kw) for s in seeds]

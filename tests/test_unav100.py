@@ -446,7 +446,7 @@ def test_identity_and_clips_for_runs(layout, tmp_path):
     assert annotations is store is None and identity["dataset"] == "unav100" and "simulated UnAV-100" in identity["simulator"]
     assert len(US.unav_clips(data, "val", 3)) == 3
     assert US.unav_identity(SimpleNamespace(annotations=None, features=None, sim=SimParams(seed=1)), tmp_path)[0] != identity
-    data = SimpleNamespace(annotations=str(layout/U.FILE), features=str(layout/"av_features"), sim=SimParams())
+    data = SimpleNamespace(annotations=str(layout/U.FILE), features=str(layout/"av_features"), sim=SimParams(), on_missing="error")
     identity, annotations, store = US.unav_identity(data, tmp_path)
     assert US.unav_identity(data, tmp_path)[0] == identity and len(list(tmp_path.glob("unav100-*"))) == 1
     assert len(US.unav_clips(data, "train", 4, annotations, store)) == 4 and len(US.unav_clips(data, "test", 400, annotations, store)) == 3

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABANDONED', 'LAYOUT_BYTES', 'MEASURED', 'METRIC_NAMES', 'began', 'this_machine', 'part_name',
            'is_leftover', 'sweep_leftovers', 'one_at_a_time', 'verified', 'check_mark',
-           'cached_store', 'check_space', 'cached_simulate', 'write_labels', 'layout_provenance',
-           'sweep_layout', 'write_simulated', 'calibration_rows', 'sim_facts']
+           'part_folder', 'cached_store', 'check_space', 'cached_simulate', 'write_labels',
+           'layout_provenance', 'sweep_layout', 'write_simulated', 'calibration_rows', 'sim_facts']
 
 # %% ../../nbs/data/09_sim_files.ipynb #0548a5d1
 import os
@@ -153,6 +153,13 @@ def check_mark(source: dict, where) -> dict:
                      expected="the word 'simulated' in the mark of simulated features and only there",
                      fix="restore it, or make the features again")
 
+# %% ../../nbs/data/09_sim_files.ipynb #a18f47c0
+def part_folder(whole,             # where a cache keeps all features
+                on_missing: str):  # "error" or "drop"
+    "Where those are kept of which some may be missing: beside the whole, or there when nothing is missing"
+    whole = Path(whole)
+    return whole if on_missing == "error" or is_store(whole) else whole.with_name(f"{whole.name}-drop")
+
 # %% ../../nbs/data/09_sim_files.ipynb #ac53f8a9
 def cached_store(out, make, source: dict):   # `make(out, overwrite)` packs into `out`
     "The store of a cache, made once by one of several processes; made again where it had another source"
@@ -180,9 +187,14 @@ def check_space(folder, need: int):
                          fix="choose another folder or fewer videos, or free some space; nothing was written")
 
 # %% ../../nbs/data/09_sim_files.ipynb #9afd9cce
+def _origin(source: dict) -> dict:
+    "What a source says about where its labels are from; equal labels of two origins have the same features"
+    return {k: source[k] for k in ("mark", "annotations") if k in source}
+
 def _load_cached(folder: Path, labels: SimLabels, source: dict) -> Clips:
     "Clips on the memory-mapped arrays of a cache folder, after checking that it holds what is asked for"
-    if read_json(folder/"manifest.json") != source:
+    held = read_json(folder/"manifest.json")
+    if not isinstance(held, dict) or {**held, **_origin(source)} != source:
         raise InputError("manifest does not match what is asked for", where=folder,
                          fix="delete this folder and run again")
     shapes = feature_shapes(len(labels.ids), source["frames"])

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FRAMES', 'DATASETS', 'SCALES', 'SHIPPED', 'Dataset', 'register_dataset', 'dataset_title',
-           'DataSpec', 'contents', 'open_features', 'llp_identity', 'llp_clips',
-           'unav100_identity', 'unav100_clips', 'Scale', 'identify', 'Data', 'load_data',
-           'clips_hash', 'check_splits', 'clips_dataset', 'add_data_arguments', 'data_of']
+           'DataSpec', 'contents', 'open_features', 'clip_clap_store', 'llp_identity', 'llp_clips',
+           'unav100_identity', 'unav100_clips', 'Scale', 'identify', 'missing_videos',
+           'missing_note', 'Data', 'load_data', 'clips_hash', 'check_splits', 'clips_dataset',
+           'add_data_arguments', 'data_of']
 
 # %% ../../nbs/data/13_sources.ipynb #4d65c67c
 import hashlib
@@ -22,18 +23,20 @@ import pandas as pd
 
 from ..core import InputError, check_choice, content_hash, file_hash
 from .annotations import load_annotations
-from .clips import FEATURES, load_clips
-from .features import FEATURE_SETS, SOURCE_FILE, find_layout, layout_source
+from .clip_clap import open_clip_clap, simulate_clip_clap
+from .clips import FEATURES, check_present, load_clips
+from .features import FEATURE_SETS, ON_MISSING, SOURCE_FILE, find_layout, layout_source
 from .packed import MANIFEST, Store, is_store, open_store, pack
 from .pseudo import find_pseudo
-from .sim_files import cached_simulate, cached_store, check_mark, sweep_leftovers, verified
+from .sim_files import (cached_simulate, cached_store, check_mark, part_folder, sweep_leftovers,
+                                    verified)
 from .sim_labels import SPLITS, SimParams
 from .sim_labels import VERSION as SIMULATOR
 from .simulate import simulate
 from .unav_simulate import unav_clips, unav_identity
 
 # %% ../../nbs/data/13_sources.ipynb #1f734983
-FRAMES = ("pooled", "full")   # of each second: the mean of its frames, or all eight
+FRAMES = ("pooled", "full", "clip+clap")   # of a second: mean frame, all eight, or CLIP (and CLAP)
 
 @dataclass(frozen=True)
 class Dataset:
@@ -68,13 +71,19 @@ class DataSpec:
     sim: SimParams = field(default_factory=SimParams)   # the simulator, where it is used
     dataset: str = "llp"                 # of `DATASETS`; "unav100" takes the authors' JSON as `annotations`
     pseudo_labels: Optional[str] = None  # folder with CLIP/ and CLAP/ label files; None: simulated ones
+    on_missing: str = "error"            # "drop": go on without videos whose features are missing or damaged
+    clip_clap: Optional[str] = None      # folder with CLIP/ and CLAP/ feature files, beside `features`
 
     def __post_init__(self):
         check_choice(self.audio_table, ("2024", "2020"), "audio_table")
+        check_choice(self.on_missing, ON_MISSING, "on_missing")
         check_choice(self.dataset, DATASETS, "dataset")
         if self.features and not self.annotations:
             raise InputError("features without annotations", where="features",
                              fix="give the folder of the annotation files as well")
+        if self.clip_clap and not self.features:
+            raise InputError("CLIP and CLAP features without those of motion", where="clip_clap",
+                             fix="give the folder with r2plus1d_18 as `features` as well")
 
 # %% ../../nbs/data/13_sources.ipynb #7e48903c
 def contents(store) -> str:
@@ -98,14 +107,9 @@ def _open_packed(path, frames: str) -> tuple:
     rounded = f" {store.audio.dtype}" if store.audio.dtype != np.float32 else ""   # that is other data
     return store, contents(store) + rounded
 
-# %% ../../nbs/data/13_sources.ipynb #8722cc0c
-def open_features(path,                # a packed store, or a folder in the authors' layout
-                  annotations,         # every video of them must be there
-                  cache,               # packed below this folder when it isn't yet
-                  frames: str = "pooled",   # one row a second, or ("full") all frames
-                  ) -> tuple:
-    "(feature store of a run, its identity); the authors' layout is packed on first use, a changed file again"
-    if is_store(path): return _open_packed(path, frames)
+# %% ../../nbs/data/13_sources.ipynb #bcc45087
+def _packed_once(path, annotations, cache, frames: str, on_missing: str) -> Store:
+    "The authors' layout, packed below `cache`; a changed file is packed again"
     layout = find_layout(path)
     source = check_mark(layout_source(layout), layout/SOURCE_FILE)
     ids = [i for split in annotations.values() for i in split.video_ids]
@@ -113,9 +117,34 @@ def open_features(path,                # a packed store, or a folder in the auth
                    for p in layout.rglob("*.npy"))
     key = content_hash([str(layout.resolve()), ids, files])
     dtype = "float16" if frames == "full" else "float32"
-    store = cached_store(Path(cache)/f"features-{key}{'-full'*(frames == 'full')}",
-                         lambda out, again: pack(layout, out, ids, dtype, frames, overwrite=again), source)
-    return store, contents(store)
+    folder = part_folder(Path(cache)/f"features-{key}{'-full'*(frames == 'full')}", on_missing)
+    def make(out, again):
+        return pack(layout, out, ids, dtype, frames, on_missing=on_missing, overwrite=again)
+    return cached_store(folder, make, source)
+
+# %% ../../nbs/data/13_sources.ipynb #8722cc0c
+def open_features(path,                # a packed store, or a folder in the authors' layout
+                  annotations,         # every video of them must be there
+                  cache,               # packed below this folder when it isn't yet
+                  frames: str = "pooled",   # one row a second, or ("full") all frames
+                  on_missing: str = "error",   # or "drop": leave out videos that `doctor` refuses
+                  ) -> tuple:
+    "(feature store of a run, its identity); the authors' layout is packed on first use, a changed file again"
+    if is_store(path): store, identity = _open_packed(path, frames)
+    else:
+        store = _packed_once(path, annotations, cache, frames, on_missing)
+        identity = contents(store)
+    check_present(annotations, store, on_missing, path)
+    return store, identity
+
+# %% ../../nbs/data/13_sources.ipynb #463891ec
+def clip_clap_store(data: DataSpec, annotations, cache) -> Store:
+    "The store of CLIP, CLAP and motion features; raises `InputError` where the first two were not given"
+    if not data.clip_clap:
+        raise InputError("no CLIP and CLAP features beside real ones", where="clip_clap",
+                         expected="the folder of VALOR's archives", fix="give it, or choose another method")
+    base, _ = open_features(data.features, annotations, cache, on_missing=data.on_missing)
+    return open_clip_clap(data.clip_clap, base, annotations, cache, data.on_missing)
 
 # %% ../../nbs/data/13_sources.ipynb #d16b571d
 def llp_identity(data: DataSpec, cache, frames: str = "pooled") -> tuple:
@@ -125,17 +154,23 @@ def llp_identity(data: DataSpec, cache, frames: str = "pooled") -> tuple:
     else: labels = {"annotations": "embedded"}
     if not data.features:
         return {**labels, "simulator": SIMULATOR, "params": asdict(data.sim)}, annotations, None
-    store, content = open_features(data.features, annotations, cache, frames)
-    return {**labels, "features": content}, annotations, store
+    own = "pooled" if frames == "clip+clap" else frames
+    store, content = open_features(data.features, annotations, cache, own, data.on_missing)
+    identity = {**labels, "features": content}
+    if frames == "clip+clap" or data.clip_clap:
+        taught = clip_clap_store(data, annotations, cache)
+        identity["clip_clap"] = contents(taught)
+    return identity, annotations, taught if frames == "clip+clap" else store
 
 def llp_clips(data: DataSpec, split: str, n: int, annotations, store, cache, frames: str = "pooled"):
     "The first `n` videos of a split of LLP, real or simulated"
     if annotations and not annotations[split].ids:
         raise InputError(f"holds no video of {split}", where=data.annotations,
                          fix="fetch the annotation files again")
-    if store is not None: return load_clips(annotations, store, split, on_missing="drop")[:n]
+    if store is not None: return load_clips(annotations, store, split, data.on_missing)[:n]
     n = min(n, len(annotations[split].ids)) if annotations else n
     options = dict(split=split, params=data.sim, annotations=annotations)
+    if frames == "clip+clap": return simulate_clip_clap(n, **options)
     if frames == "full": return cached_simulate(cache, n, frames="full", dtype="float16", **options)
     return simulate(n, **options)
 
@@ -143,7 +178,10 @@ register_dataset("llp", Dataset(llp_identity, llp_clips, "LLP"));
 
 # %% ../../nbs/data/13_sources.ipynb #30c45951
 def unav100_identity(data: DataSpec, cache, frames: str = "pooled") -> tuple:
-    "`identify` for UnAV-100, which has no separate frames"
+    "`identify` for UnAV-100, which has no separate frames and nothing of CLIP and CLAP"
+    if frames == "clip+clap" or data.clip_clap:
+        raise InputError("has no features of CLIP and CLAP", where="unav100", expected="LLP",
+                         fix="choose another method, or leave clip_clap out")
     return unav_identity(data, cache)
 
 def unav100_clips(data: DataSpec, split: str, n: int, annotations, store, cache, frames: str = "pooled"):
@@ -188,6 +226,20 @@ def identify(data: DataSpec, cache, frames: str = "pooled") -> tuple:
         identity = {**identity, "pseudo_labels": _label_files(str(root), stamp)}
     return identity, *rest
 
+# %% ../../nbs/data/13_sources.ipynb #f3adfee3
+def missing_videos(clips) -> dict:   # split: how many; only splits that lack any
+    "How many videos of each split were left out because their features are missing or damaged"
+    found = {k: c.source.get("missing") for k, c in clips.items()}
+    return {k: int(n) for k, n in found.items() if isinstance(n, (int, np.integer)) and n > 0}
+
+def missing_note(missing: dict) -> str:
+    "A sentence about them; empty when nothing is missing"
+    if not missing: return ""
+    *most, last = (f"{missing[k]:,} {k}" for k in sorted(missing, key=SPLITS.index))
+    counts = " and ".join([", ".join(most), last] if most else [last])
+    many = len(missing) > 1 or max(missing.values()) > 1
+    return f"Without {counts} video{'s'*many} whose features are missing or damaged."
+
 # %% ../../nbs/data/13_sources.ipynb #fbd7fbee
 class Data(dict):
     "Clips by split, and the `identity` of the whole"
@@ -195,9 +247,10 @@ class Data(dict):
 
     def summary(self) -> pd.DataFrame:
         "Videos and labels of each split; where it is known, how many of the labels are heard and seen"
-        rows = {}
+        rows, missing = {}, missing_videos(self)
         for split, c in self.items():
             rows[split] = {"videos": len(c), "labels per video": c.weak.sum(1).mean()}
+            if missing: rows[split]["without features"] = missing.get(split, 0)
             if c.dense_audio is None: continue
             truth = dict(zip(("heard", "seen"), c.modality_labels()))
             rows[split] |= {f"% of labels {k}": 100*(y*c.weak).sum()/c.weak.sum() for k, y in truth.items()}
@@ -300,9 +353,14 @@ def add_data_arguments(p):
                    help="folder of real features, or a packed store; without it features are simulated")
     p.add_argument("--audio-table", default="2024", choices=["2024", "2020"],
                    help="which copy of the audio annotations")
+    p.add_argument("--on-missing", default="error", choices=ON_MISSING,
+                   help="drop: go on without videos whose features are missing or damaged")
     p.add_argument("--pseudo-labels",
                    help="folder with CLIP/ and CLAP/ label files (CoLeaF, Table 7); without it they are "
                         "simulated")
+    p.add_argument("--clip-clap",
+                   help="folder with CLIP/ and CLAP/ feature files (VALOR++), beside --features; without it "
+                        "they are simulated where features are")
     p.add_argument("--unav-annotations",
                    help="annotation file of UnAV-100 (CoLeaF, Table 8); without it labels are simulated")
     p.add_argument("--unav-features",
@@ -310,5 +368,6 @@ def add_data_arguments(p):
 
 def data_of(a) -> tuple:  # of `DataSpec`, one for each data set
     "The data that the arguments describe"
-    llp = DataSpec(a.annotations, a.features, a.audio_table, pseudo_labels=a.pseudo_labels)
-    return llp, DataSpec(a.unav_annotations, a.unav_features, dataset="unav100")
+    llp = DataSpec(a.annotations, a.features, a.audio_table, pseudo_labels=a.pseudo_labels,
+                   on_missing=a.on_missing, clip_clap=a.clip_clap)
+    return llp, DataSpec(a.unav_annotations, a.unav_features, dataset="unav100", on_missing=a.on_missing)

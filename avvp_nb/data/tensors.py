@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..core import parse_json
+
 # %% ../../nbs/data/04_tensors.ipynb #0b8e2e92
 TYPES = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
          "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
@@ -47,7 +49,8 @@ def load(data: bytes  # a whole file
     if len(data) < 8: raise ValueError("too short for a header")
     n = 8 + struct.unpack("<Q", data[:8])[0]
     if n > len(data): raise ValueError("the header is cut")
-    header = json.loads(data[8:n].decode())
+    header = parse_json(data[8:n], "header")
+    if not isinstance(header, dict): raise ValueError("the header is no JSON object")
     metadata, tensors, body = header.pop("__metadata__", {}), {}, bytearray(data[n:])
     if sum(h["data_offsets"][1] - h["data_offsets"][0] for h in header.values()) != len(body):
         raise ValueError("bytes are missing or left over")

@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, brief, check_choice, content_hash, file_hash, read_json, write_json
-from .clips import Clips
-from .features import (PROBLEMS, FeatureReport, FeatureSet, _fit, _n_workers, _read_file,
-                                   _writing, diagnose, track)
+from ..core import InputError, check_choice, content_hash, file_hash, read_json, write_json
+from .clips import Clips, check_present, left_out
+from .features import (ON_MISSING, PROBLEMS, FeatureReport, FeatureSet, _fit, _n_workers,
+                                   _read_file, _writing, diagnose, track)
 from .packed import (CHUNK, MANIFEST, Store, _Plan, _check_out, _journal, _locked, _manifest,
                                  _prepare, _publish, _work_folder, _write_chunk, is_store, open_store)
 from .unav100 import MAX_SECONDS, SUBSETS, _ID, Events, Unav, UnavSplit, _named, load_unav
+from ..limits import shown
 
 # %% ../../nbs/data/11_unav_features.ipynb #476c3bc9
 @lru_cache(maxsize=4096)
@@ -152,7 +153,7 @@ def unav_doctor(root,             # folder that holds `av_features`
     rows = [(m, i, str(unav_file(root, i, m)), p, what, want, UNAV_PROBLEMS[p])
             for m, i, p, what, want in found]
     known = {unav_file(root, i, m).name for m in UNAV_SETS for i in ids}
-    extra = sorted(e.name if e.name.isprintable() else brief(e.name) for e in os.scandir(root/FOLDER)
+    extra = sorted(shown(e.name) for e in os.scandir(root/FOLDER)
                    if e.name not in known and not e.name.startswith("."))
     rows += [("", n, str(root/FOLDER/n), "extra", n, "", UNAV_PROBLEMS["extra"]) for n in extra]
     return UnavReport(pd.DataFrame(rows, columns=COLUMNS), ids, root, None, headers, full)
@@ -202,7 +203,7 @@ def pack_unav(root,                       # folder that holds `av_features`
               ) -> Store:
     "Read every feature file once into one store; continues where an interrupted call stopped"
     check_choice(dtype, ("float16", "float32"), "dtype")
-    check_choice(on_missing, ("error", "drop"), "on_missing")
+    check_choice(on_missing, ON_MISSING, "on_missing")
     plan, out = _unav_plan(root, annotations, dtype, on_missing, workers), Path(out)
     work = _work_folder(out)
     with _writing(out), _locked(out):
@@ -288,16 +289,12 @@ def load_unav_clips(annotations: Unav,
                     ) -> Clips:
     "A split with the features of a packed store, memory-mapped where they lie in one piece"
     part = annotations[check_choice(split, SUBSETS, "split")].first(n if on_missing == "error" else None)
-    pos = store.find(part.ids)
-    absent = pos < 0
-    if absent.any() and (on_missing == "error" or absent.all()):
-        raise InputError(f"no features for {absent.sum()} of {len(pos)} {split} videos "
-                         f"({part.ids[int(absent.argmax())]}, ...)", where=store.path,
-                         expected="every video of the split", fix="pack them too, or pass on_missing='drop'")
-    part, pos = _keep(part, np.flatnonzero(pos >= 0)[:n]), pos[pos >= 0][:n]
+    check_present({split: part}, store, on_missing)
+    found = store.find(part.ids)
+    part, pos = _keep(part, np.flatnonzero(found >= 0)[:n]), found[found >= 0][:n]
     _check_seconds(part, store, pos)
     rows = slice(pos[0], pos[-1] + 1) if (np.diff(pos) == 1).all() else pos
     source = {"simulated": False, "mark": "", **store.source, "dataset": "unav100", "split": split,
               "annotations": annotations.fingerprint, "features": store.fingerprint}
-    return as_unav_clips(part, {k: x[rows] for k, x in store.arrays.items()},
-                         {**source, "fingerprint": content_hash([source, part.rows])}, oracle)
+    source |= {"fingerprint": content_hash([source, part.rows]), **left_out(found)}
+    return as_unav_clips(part, {k: x[rows] for k, x in store.arrays.items()}, source, oracle)

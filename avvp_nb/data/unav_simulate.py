@@ -27,10 +27,10 @@ import torch
 
 from ..core import InputError, atomic_write, brief, check_choice, content_hash, read_json
 from .annotations import markdown_table
-from .clips import Clips
+from .clips import Clips, check_present
 from .features import SOURCE_FILE, _claim_layout, _save_npy, _writing, layout_source, track
 from .packed import Store, is_store, open_store
-from .sim_files import cached_store, check_mark, check_space, sweep_leftovers
+from .sim_files import cached_store, check_mark, check_space, part_folder, sweep_leftovers
 from .sim_labels import MAX_VIDEOS, SPLITS, SimParams, check_count, check_param, stream
 from .simulate import (LATENT, Draws, World, draw_maps, latents, observe, one_torch_thread,
                                    sense_of, sim_mark)
@@ -340,28 +340,37 @@ def write_unav(root,                # folder to write into
     if annotations is None: write_unav_labels(root/FILE, labels)
     return root
 
+# %% ../../nbs/data/12_unav_simulate.ipynb #ec54850f
+def _open_packed(path) -> Store:
+    "A packed store; raises `InputError` when it is none of UnAV-100"
+    store = open_store(path)
+    if "lengths" in store.manifest: return store
+    raise InputError("is no store of UnAV-100", where=path,
+                     expected="one that was made with its annotations",
+                     fix="make one with `python -m avvp_nb pack --dataset unav100`")
+
+def _packed_once(path, annotations: Unav, cache, on_missing: str) -> Store:
+    "The authors' layout, packed below `cache`; a changed file is packed again"
+    root = find_unav_layout(path)
+    source = check_mark(layout_source(root), root/SOURCE_FILE)
+    files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(root/FOLDER))
+    key = content_hash([str(root.resolve()), annotations.fingerprint, files, source])
+    def make(out, again): return pack_unav(root, out, annotations, on_missing=on_missing, overwrite=again)
+    return cached_store(part_folder(Path(cache)/f"unav100-{key}", on_missing), make, source)
+
 # %% ../../nbs/data/12_unav_simulate.ipynb #6d9d2a71
 def open_unav(path,                  # a packed store, or the folder that holds `av_features`
               annotations: Unav,     # every video of them must be there
               cache,                 # packed below this folder when it isn't yet
+              on_missing: str = "error",   # or "drop": leave out videos that the doctor refuses
               ) -> Store:
     "The feature store of a run; the authors' layout is packed on first use; raises `InputError`"
-    if is_store(path):
-        store = open_store(path)
-        if "lengths" in store.manifest: return store
-        raise InputError("is no store of UnAV-100", where=path,
-                         expected="one that was made with its annotations",
-                         fix="make one with `python -m avvp_nb pack --dataset unav100`")
-    root = find_unav_layout(path)
-    source = check_mark(layout_source(root), root/SOURCE_FILE)
-    # a changed file is packed again
-    files = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(root/FOLDER))
-    key, make = content_hash([str(root.resolve()), annotations.fingerprint, files, source]), pack_unav
-    return cached_store(Path(cache)/f"unav100-{key}",
-                        lambda out, again: make(root, out, annotations, overwrite=again), source)
+    store = _open_packed(path) if is_store(path) else _packed_once(path, annotations, cache, on_missing)
+    check_present(annotations, store, on_missing, path)
+    return store
 
 # %% ../../nbs/data/12_unav_simulate.ipynb #9ff0512e
-def unav_identity(data,                # has `.annotations`, `.features` (paths or None) and `.sim`
+def unav_identity(data,                # has `.annotations`, `.features`, `.on_missing` and `.sim`
                   cache="runs/cache") -> tuple:
     "(identity, annotations or None, store or None) of a data description; nothing large is read"
     annotations = load_unav(data.annotations) if data.annotations else None
@@ -369,12 +378,13 @@ def unav_identity(data,                # has `.annotations`, `.features` (paths 
     if not data.features:
         return {**labels, "simulator": unav_mark(check_unav_params(data.sim), labels["annotations"]),
                 "params": asdict(data.sim)}, annotations, None
-    store = open_unav(data.features, annotations, cache)
+    store = open_unav(data.features, annotations, cache, data.on_missing)
     return {**labels, "features": f"{store.fingerprint} {store.audio.dtype}"}, annotations, store
 
 def unav_clips(data, split: str, n=None, annotations=None, store=None) -> Clips:
     "The first `n` videos of a split; `annotations` and `store` from `unav_identity`"
-    if store is not None:   # that lacks videos when it was made so
+    if store is not None:
+        check_present({split: annotations[split]}, store, data.on_missing)    # all of the split, whatever n
         return load_unav_clips(annotations, store, split, n, on_missing="drop")
     n = None if n is None else min(n, SIZES[split])
     return simulate_unav(n, split=split, params=data.sim, annotations=annotations)

@@ -277,4 +277,5 @@ ENTRY = register("cmpae", Method(
     first=jomold_estimator, product=estimated, load=Ratios.load, late_options=("denoise",),
     official={"cmpae": Layout(CMPAE, cmpae_keys, UNUSED, cmpae_sizes, "cmpae",
                               ("cmpae_forward_ca", "cmpae_forward_noca"))},
-    rows={"cmpae": {}}, names={"cmpae": "CMPAE"}))
+    rows={"cmpae": {}}, names={"cmpae": "CMPAE"}, year=2023, builds_on=("jomold",),
+    idea="presence and absence evidence of both modalities, and what they learn from each other"))

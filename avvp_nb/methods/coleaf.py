@@ -408,4 +408,5 @@ ENTRY = register("coleaf", Method(
     recipe_by_protocol=RECIPE_BY_PROTOCOL, rule_on={"cmpae": "coleaf"},
     official={"coleaf": Layout(CMPAE, coleaf_keys, UNUSED, cmpae_sizes),
               **{f"coleaf_{m}": reference_layout(m) for m in MODALITIES}},
-    rows={"coleaf": {}}, names={"coleaf": "CoLeaF"}))
+    rows={"coleaf": {}}, names={"coleaf": "CoLeaF"}, year=2024, builds_on=("cmpae",),
+    idea="unimodal references tell the anchor where the other modality misleads"))

@@ -428,8 +428,12 @@ def check_ogm(plain: dict):
 ENTRY = register("dgm", Method(
     OPTIONS, tuple(PROTOCOLS), build_dgm, check_dgm, backbones=BACKBONES, recordable=True,
     by_protocol={p: {"apply": kw["apply"]} for p, kw in PROTOCOLS.items()},
-    rows={"dgm": {"msdu": False}, "dgm+msdu": {}}, names={"dgm": "DGM", "msdu": "MSDU"}))
+    rows={"dgm": {"msdu": False}, "dgm+msdu": {}}, names={"dgm": "DGM", "msdu": "MSDU"},
+    year=2023, idea="gradients of the modality that is ahead are damped", faith="reconstruction",
+    builds_on=("jomold", "ogm_ge")))
 OGM = register("ogm", Method(
-    dict(gamma=0.1), ("ogm_ge",), build_ogm, check_ogm, backbones=BACKBONES, names={"ogm": "OGM"}))
+    dict(gamma=0.1), ("ogm_ge",), build_ogm, check_ogm, backbones=BACKBONES, names={"ogm": "OGM"},
+    year=2022, idea="gradients of the better modality are damped", faith="reconstruction"))
 OGM_GE = register("ogm_ge", Method(
-    dict(gamma=0.1), ("ogm_ge",), build_ogm_ge, check_ogm, backbones=BACKBONES))
+    dict(gamma=0.1), ("ogm_ge",), build_ogm_ge, check_ogm, backbones=BACKBONES, names={"ogm_ge": "OGM-GE"},
+    year=2022, idea="OGM with noise of the gradients' own size", faith="reconstruction", builds_on=("ogm",)))

@@ -286,4 +286,5 @@ ENTRY = register("han", Method(
     rows={"han": {}, "mmil_base": {"temporal": "none"}, "mmil+gru": {"temporal": "gru"},
           "mmil+transformer": {"temporal": "transformer"}},
     names={"han": "HAN", "mmil": "MMIL", "mmil_base": "MMIL base", "gru": "GRU",
-           "transformer": "transformer"}))
+           "transformer": "transformer"},
+    year=2020, idea="each second listens to all seconds of both modalities"))

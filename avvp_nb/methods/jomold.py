@@ -423,11 +423,13 @@ def jomold_estimator(spec) -> list:
 
 # %% ../../nbs/methods/07_jomold.ipynb #67156747
 ESTIMATOR = register("jomold_estimator", Method(
-    dict(contrast=True), ("official",), build_estimator, recipe=RECIPE, rule=RULE))
+    dict(contrast=True), ("official",), build_estimator, recipe=RECIPE, rule=RULE,
+    year=2022, idea="the network that estimates JoMoLD's noise ratios", builds_on=("han",)))
 ENTRY = register("jomold", Method(
     OPTIONS, ("official",), build_jomold, check_jomold, recipe=RECIPE, rule=RULE, recordable=True,
     first=jomold_estimator, product=estimated, load=Ratios.load, late_options=("denoise",),
     official={"jomold": Layout(JoMoLD, jomold_keys, UNUSED, han_sizes, "jomold",
                                ("jomold_forward_ca", "jomold_forward_noca"))},
     rows={"jomold": {}, "jomold_wo_cl": {"contrast": False}},
-    names={"jomold": "JoMoLD", "jomold_wo_cl": "JoMoLD without contrast"}))
+    names={"jomold": "JoMoLD", "jomold_wo_cl": "JoMoLD without contrast"}, year=2022,
+    idea="labels whose loss is high in one modality alone are dropped there", builds_on=("han", "ma")))

@@ -9,7 +9,8 @@ __all__ = ['SMOOTHING', 'PROTOCOLS', 'GLOBAL_TARGETS', 'RECIPE', 'LOSS', 'RULE',
            'without_refined', 'draw_partners', 'SwapTest', 'looped', 'paired', 'assembled',
            'Track', 'reusable', 'make_track', 'stream', 'assembled_from_tracks', 'swap_test',
            'Errors', 'hamming_error', 'normalised', 'error_rates', 'refine_labels', 'Refinement',
-           'refine', 'read_removed', 'REFINE', 'FORMAT', 'LIST_COLUMNS']
+           'refine', 'read_removed', 'agreement', 'public_agreement', 'REFINE', 'FORMAT',
+           'LIST_COLUMNS']
 
 # %% ../../nbs/methods/06_ma.ipynb #d7a71a0d
 from dataclasses import dataclass, replace
@@ -22,8 +23,9 @@ from ..core import MODALITIES, InputError, check_choice
 from .han import HAN, han_keys, han_sizes
 from .han import UNUSED as HAN_UNUSED
 from .losses import GuidedLoss, without_removed
-from .ma_refine import (FORMAT, LIST_COLUMNS, REFINE, Errors, Refinement, error_rates,
-                                       hamming_error, normalised, read_removed, refine, refine_labels)
+from .ma_refine import (FORMAT, LIST_COLUMNS, REFINE, Errors, Refinement, agreement,
+                                       error_rates, hamming_error, normalised, public_agreement, read_removed,
+                                       refine, refine_labels)
 from .ma_swap import (SwapTest, Track, assembled, assembled_from_tracks, draw_partners, looped,
                                      make_track, paired, reusable, stream, swap_test)
 from .method import Layout, Method, register, some
@@ -145,11 +147,12 @@ def ma_keys(dim: int = 512, classes: int = 25) -> list:  # of (official key, our
 _all_ = ["draw_partners", "SwapTest", "looped", "paired", "assembled", "Track", "reusable", "make_track",
          "stream", "assembled_from_tracks", "swap_test",
          "Errors", "hamming_error", "normalised", "error_rates", "refine_labels", "Refinement", "refine",
-         "read_removed", "REFINE", "FORMAT", "LIST_COLUMNS"]
+         "read_removed", "agreement", "public_agreement", "REFINE", "FORMAT", "LIST_COLUMNS"]
 
 # %% ../../nbs/methods/06_ma.ipynb #a7fd630d
 OPTIONS = dict(tau=0.2, contrast=True, refine="both", threshold=0.5, n_partners=1, global_target="official")
-REFINED = ("none", "audio", "visual", "both")   # Tables 2 and 3
+REFINED = ("none", "audio", "visual", "both",   # Tables 2 and 3
+           "random")                            # as many labels as `both`, drawn by lot
 
 def build_ma(plain: dict, sizes: dict, product=None):
     "HAN with MA's loss"
@@ -187,8 +190,11 @@ def refine_options(plain: dict) -> dict:
     return some(plain["options"], "n_partners", "threshold")
 
 def without_refined(plain: dict, product, clips):
-    "Training clips without the labels that a refinement took away"
-    return clips if product is None else product.apply(clips, plain["options"]["refine"])
+    "Training clips without the labels that a refinement took away, or without as many drawn by lot"
+    if product is None: return clips
+    chosen = plain["options"]["refine"]
+    if chosen == "random": return product.at_random(plain["seed"]).apply(clips)
+    return product.apply(clips, chosen)
 
 # %% ../../nbs/methods/06_ma.ipynb #0802a86e
 ENTRY = register("ma", Method(
@@ -200,4 +206,5 @@ ENTRY = register("ma", Method(
     rows={"ma": {}, "ma_wo_cl": {"contrast": False}, "ma_cl_only": {"refine": "none"},
           "ma_baseline": {"contrast": False, "refine": "none"}},
     names={"ma": "MA", "ma_wo_cl": "MA without contrast", "ma_cl_only": "MA, contrast only",
-           "ma_baseline": "MA baseline"}))
+           "ma_baseline": "MA baseline"},
+    year=2021, idea="a label that does not survive an exchanged track is removed", builds_on=("han",)))

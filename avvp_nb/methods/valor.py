@@ -110,7 +110,7 @@ BASE_LOSS = GuidedLoss(w_audio=0., w_visual=0., eps_visual=0.)   # the video ter
 LOSS = DenseLoss(BASE_LOSS)
 # with `ValorCB`
 RECIPE = dict(lr=1e-4, batch_size=64, epochs=60, step=60, factor=1.0, select="segment/Type@AV")
-PLUS = dict(dim=256, n_layers=4)   # VALOR+, with a learning rate of 3e-4
+PLUS = dict(dim=256, n_layers=4)   # VALOR+, see `methods.valor_plus`
 RULE = "han"                       # see `metrics.RULES`
 
 # %% ../../nbs/methods/08_valor.ipynb #02fab9c3
@@ -125,4 +125,5 @@ def check_valor(plain: dict):
 
 ENTRY = register("valor", Method(
     {}, ("official",), build_valor, check_valor, recipe=RECIPE, rule=RULE,
-    rows={"valor": {}}, names={"valor": "VALOR"}))
+    rows={"valor": {}}, names={"valor": "VALOR"}, year=2023, builds_on=("han",),
+    idea="labels of every second from networks of pictures and texts"))

@@ -6,9 +6,12 @@
 __all__ = ['ROOMS', 'METHODS']
 
 # %% ../../nbs/methods/90_zoo.ipynb #ef6aa279
-from . import cmpae, coleaf, dgm, han, jomold, ma, valor
+from . import (ave, cmpae, coleaf, cvcms, deep, dgm, dhhn, han, jomold, ma, mgn, mm_pyramid,
+                             noisy, picture_baselines, sound_baselines, uwav, valor, valor_plus)
 from .method import METHODS
 
 # %% ../../nbs/methods/90_zoo.ipynb #b9a2ccd0
 _all_ = [METHODS]
-ROOMS = (han, ma, jomold, cmpae, coleaf, valor, dgm)   # where the entries come from
+# where the entries come from
+ROOMS = (han, ma, jomold, cmpae, coleaf, valor, dgm, sound_baselines, picture_baselines, ave, mm_pyramid,
+         noisy, dhhn, mgn, cvcms, valor_plus, deep, uwav)

@@ -69,9 +69,10 @@ class Origins:
         return self.plain() if self.method == self.backbone else on_backbone(self.plain())
     @property
     def full_options(self) -> dict:
-        "All options of the method; a protocol may change a default"
+        "All options of the method; a protocol or a scale may change a default"
         m = METHODS[self.method]
-        return {**m.options, **m.by_protocol.get(self.protocol, {}), **self.options}
+        changed = {**m.by_protocol.get(self.protocol, {}), **m.by_scale.get(self.scale, {})}
+        return {**m.options, **changed, **self.options}
 
 # %% ../../nbs/records/00_spec.ipynb #d0d174d8
 class PlainSpec(Origins):

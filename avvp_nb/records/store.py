@@ -24,6 +24,7 @@ import numpy as np
 
 from ..core import InputError, Parsing, content_hash, file_hash, read_json
 from ..counts import LEVELS
+from ..data.sim_labels import SPLITS
 from ..limits import read_npz, shown
 from .spec import FORMAT
 
@@ -96,8 +97,9 @@ KINDS = {"format": int, "key": str, "spec": Mapping, "spec.method": str, "spec.o
          "spec.seed": int, "spec.recipe": Mapping, "seed": int, "rule": str, "history": list,
          "metrics": Mapping, "floors": Mapping, "selected": Mapping, "only": Mapping, "only_floors": Mapping,
          "data": Mapping, "data.simulated": bool, "data.mark": str, "data.identity": Mapping,
-         "data.source": Mapping, "data.n": Mapping, "probabilities": Mapping, "probabilities.sha256": str,
-         "first": list, "selection": Mapping, "versions": Mapping, "hardware": Mapping, "wall_time": Real}
+         "data.source": Mapping, "data.n": Mapping, "data.missing": Mapping, "probabilities": Mapping,
+         "probabilities.sha256": str, "first": list, "selection": Mapping, "versions": Mapping,
+         "hardware": Mapping, "wall_time": Real}
 WORDS = {int: "a whole number", Real: "a number", str: "text", bool: "true or false", list: "a list",
          Mapping: "a dictionary"}
 KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,199}")   # of a run, a name of a method: never a path
@@ -130,7 +132,9 @@ def kind_fault(record) -> str:
             return f"{name} is {shown(repr(x), 40)}, not {WORDS[kind]}"
     for name in ("spec.method", "data.simulated", "data.mark"):
         if part_of(record, name) is ABSENT: return f"{name} is missing"
-    return ""
+    lost = record["data"].get("missing", {})
+    if all(k in SPLITS and is_kind(n, int) and n > 0 for k, n in lost.items()): return ""
+    return f"data.missing is {shown(repr(lost), 40)}, not videos of splits"
 
 def key_fault(record) -> str:
     "Which name of a record can be no name of a file, or not be shown; empty if none"

@@ -11,7 +11,7 @@ import json
 
 import torch
 
-from ..core import CLASSES, InputError, atomic_write, check_same_classes, did_you_mean
+from ..core import CLASSES, InputError, atomic_write, check_same_classes, did_you_mean, parse_json
 from ..data.tensors import load_file
 from ..limits import reason, shown
 from ..methods.zoo import METHODS
@@ -92,7 +92,7 @@ def load_weights(path,
     "(model in eval mode, header) of a weights file; raises `InputError` for other files and other classes"
     try:
         tensors, metadata = _read_weights(path)
-        header = json.loads(metadata["avvp_nb"])
+        header = parse_json(metadata["avvp_nb"], path)
     except Exception as e:               # the library's own errors have no common base but this
         raise InputError(f"is not a weights file of this library ({type(e).__name__})", where=path) from e
     fault = header_fault(header) or network_fault(header, tensors)

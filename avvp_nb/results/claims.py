@@ -28,7 +28,8 @@ from ..counts import LEVELS, STANDARD
 from ..data.sources import DATASETS, SCALES, DataSpec
 from ..records.store import Store
 from .cost import cost_table, printed_gflops
-from .groups import SELECTED, dataset_of, has_selected, mark_of, scale_of, scores
+from .groups import (SELECTED, dataset_of, has_selected, lost_videos, mark_of, scale_of,
+                                    scores, versions_of)
 from .intervals import VideoScores, seed_interval, video_interval
 from .plans import as_data, by_experiment, data_for, load_records
 from .rates import RATES
@@ -274,7 +275,8 @@ def _behind(pairs) -> dict:
     every = [r for a, bs in pairs for r in (a, *bs)]
     commits = {str(r.get("commit") or "unknown") for r in every}
     return {"seeds": len(pairs), "runs": tuple(dict.fromkeys(r["key"] for r in every)),
-            "mark": mark_of(every), "commits": tuple(sorted(commits))}
+            "mark": mark_of(every), "commits": tuple(sorted(commits)), "versions": tuple(versions_of(every)),
+            "lost": tuple(lost_videos(every).items())}
 
 def _verdict(out: dict, reason: str) -> tuple:
     "(verdict, why), the paper's own contradiction first"
@@ -282,6 +284,7 @@ def _verdict(out: dict, reason: str) -> tuple:
     verdict, why = judge(out["expected"], out["printed"], out["ours"], out["low"], out["high"])
     return verdict, f"{why}; {reason}" if reason else why
 
+# %% ../../nbs/results/16_claims.ipynb #b88ea028
 def judge_line(line,            # a line of `claims`
                found: Mapping,  # `by_experiment` of the records
                scale: str,
@@ -291,7 +294,7 @@ def judge_line(line,            # a line of `claims`
     out = {k: getattr(line, k) for k in _COPIED}
     out |= {"left": side_name(line, True), "right": side_name(line, False), "ours": math.nan, "low": math.nan,
             "high": math.nan, "seeds": 0, "interval": "", "runs": (), "commits": (), "mark": "",
-            "scale": scale}
+            "versions": (), "lost": (), "scale": scale}
     if line.metric == COST:
         out |= cost_line()
         return out | dict(zip(("verdict", "why"), _verdict(out, "")))

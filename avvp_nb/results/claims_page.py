@@ -18,6 +18,7 @@ from ..records.store import as_store
 from .claims import VERDICTS, check_claim, claim_rows, judge_claims
 from .compare import simulated_note
 from .errata import errata
+from .groups import missing_notes
 from .plans import data_for, data_kind
 from .plots import SERIES, drawing, finish
 from .reported import method_name
@@ -59,10 +60,13 @@ COLUMNS = [("", "verdict"), ("difference", "printed"), ("difference", "ours"),
 
 def _behind(lines: pd.DataFrame, **params) -> dict:
     "Provenance of judged lines"
-    runs, commits = (sorted({x for xs in lines[c] for x in xs}) for c in ("runs", "commits"))
-    mark = "; ".join(sorted(set(lines["mark"]) - {""}))
-    return {"runs": runs, "commit": commits, "scale": sorted(set(lines["scale"])), "mark": mark,
-            "simulated": bool(mark), "parameters": {"papers": sorted(set(lines["paper"])), **params}}
+    def every(column): return sorted({x for xs in lines[column] for x in xs})
+    mark, versions = "; ".join(sorted(set(lines["mark"]) - {""})), every("versions")
+    more = {"versions": versions if len(versions) > 1 else [], "missing": missing_notes(dict(every("lost")))}
+    return {"runs": every("runs"), "commit": every("commits"), "scale": sorted(set(lines["scale"])),
+            "mark": mark, "simulated": bool(mark),
+            "parameters": {"papers": sorted(set(lines["paper"])), **params},
+            **{k: v for k, v in more.items() if v}}
 
 def claims_table(source,            # a `Store` or its folder, records, or what `judge_claims` returned
                  paper=None,        # one, a list, or None

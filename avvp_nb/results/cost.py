@@ -24,7 +24,7 @@ from ..methods.jomold import RELEASED_RATIOS, DenoiseCB, JoMoLD
 from .plots import drawing, finish
 from .reported import reported_long
 from .table import Row, Table
-from ..train.learner import Learner
+from ..train.learner import Learner, two_passes
 
 # %% ../../nbs/results/11_cost.ipynb #d722a7ee
 def counted(call) -> pd.Series:  # operations by module path, the whole under ""
@@ -66,7 +66,7 @@ def flops(model,                     # network of this library
           **kwargs                   # of the forward pass, such as cross_attention=False
           ) -> pd.Series:            # operations by module path, the whole under ""
     "Operations of one inference"
-    was, run = model.training, model.both_passes if both else model
+    was, run = model.training, two_passes(model) if both else model
     model.eval()
     try:
         with torch.no_grad(): return counted(lambda: run(*blank(batch, seconds, frames, sizes), **kwargs))

@@ -7,7 +7,8 @@ __all__ = ['INVENTED', 'NEEDED', 'SELECTED', 'EARLY', 'invented_record', 'check_
            'scale_of', 'mark_of', 'marked_as', 'with_average', 'selected_state', 'has_selected',
            'scored_under', 'rule_name', 'scores', 'flatten', 'flat_spec', 'run_name',
            'auto_labels', 'check_repeats', 'group', 'dataset_of', 'tested_on', 'check_comparable',
-           'versions_of', 'versions_note', 'provenance']
+           'versions_of', 'versions_note', 'lost_videos', 'missing_notes', 'provenance',
+           'provenance_notes']
 
 # %% ../../nbs/results/01_groups.ipynb #4e79e870
 import re
@@ -17,6 +18,8 @@ import numpy as np
 
 from ..core import InputError, check_choice, content_hash
 from ..counts import LEVELS, METRICS, STANDARD
+from ..data.sources import missing_note
+from ..limits import shown
 from ..records.store import check_whole
 from .reported import AVG, method_name
 
@@ -229,16 +232,31 @@ def check_comparable(records):
 # %% ../../nbs/results/01_groups.ipynb #3fd5391d
 def versions_of(records) -> list:
     "The versions of this library that the records were made with, as far as they say so"
-    return sorted({str(v) for r in records if (v := r.get("versions", {}).get("avvp_nb"))})
+    return sorted({shown(v, 40) for r in records if (v := r.get("versions", {}).get("avvp_nb"))})
+
+def _several(found, current=None) -> str:
+    "See `versions_note`"
+    if len({*found, *([current] if current else [])}) < 2: return ""
+    other = f", and this table with {current}" if current else ""
+    return f"made with several versions of avvp_nb: the runs with {' and '.join(found) or 'none'}{other}"
 
 def versions_note(records,
                   current=None,    # a version that counts as well, such as the installed one
                   ) -> str:
     "A sentence when records come from several versions of this library; empty when they don't"
-    found = versions_of(records)
-    if len({*found, *([current] if current else [])}) < 2: return ""
-    other = f", and this table with {current}" if current else ""
-    return f"made with several versions of avvp_nb: the runs with {' and '.join(found) or 'none'}{other}"
+    return _several(versions_of(records), current)
+
+# %% ../../nbs/results/01_groups.ipynb #e48f3b2b
+def lost_videos(records) -> dict:   # run key: a sentence, empty for a run with all videos
+    "What records say about videos that they were made without"
+    return {r["key"]: missing_note(r["data"].get("missing", {})) for r in records}
+
+def missing_notes(lost: dict) -> list:   # see `lost_videos`
+    "Sentences about such videos; they name their runs where others were made with other videos"
+    found = {}
+    for key, note in lost.items(): found.setdefault(note, []).append(key)
+    if len(found) == 1: return [n for n in found if n]
+    return [f"{', '.join(keys)}: {n[0].lower()}{n[1:]}" for n, keys in found.items() if n]
 
 # %% ../../nbs/results/01_groups.ipynb #7306f5f6
 def provenance(records,     # run records behind a table or figure
@@ -247,9 +265,15 @@ def provenance(records,     # run records behind a table or figure
     "Where a table or figure comes from, ready for JSON"
     records = checked(records)
     unique, versions = lambda f: sorted({f(r) for r in records}), versions_of(records)
+    more = {"versions": versions if len(versions) > 1 else [], "missing": missing_notes(lost_videos(records))}
     return {"runs": [r["key"] for r in records], "seeds": unique(lambda r: r["spec"].get("seed", 0)),
             "scale": unique(scale_of), "mark": mark_of(records),
             "simulated": any(r["data"]["simulated"] for r in records),
             "commit": unique(lambda r: str(r.get("commit") or "unknown")),
             "notebook": params.pop("notebook", None), "parameters": params,
-            **({"versions": versions} if len(versions) > 1 else {})}
+            **{k: v for k, v in more.items() if v}}
+
+def provenance_notes(provenance: dict) -> list:
+    "The sentences that belong below whatever was made from these runs"
+    versions = _several(provenance.get("versions", ()))
+    return [*provenance.get("missing", ()), *([f"M{versions[1:]}."] if versions else [])]

@@ -65,9 +65,7 @@ class System:
         "`SELECTED` for a row under selected thresholds, else None: the run's own"
         return SELECTED if self.read.get("thresholds") == "selected" else None
 
-_BASELINE = "a baseline that this library does not have; printed only"
-PRINTED_ONLY = dict.fromkeys(("kong2018", "talnet", "ave", "avsdn", "stpn", "cmcs", "han+coteaching",
-                              "han+jocor", "mm_pyramid", "cvcms", "dhhn", "mgn"), _BASELINE)
+PRINTED_ONLY = {}   # id of a printed row that no entry stands for: why
 
 def row_of() -> dict:
     "Id of `reported.csv` to (our method, options), as the entries of all methods say"

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['HEADLINE', 'PICK', 'MEANINGFUL', 'SELECTORS', 'ONLY_VALIDATION', 'TREATED', 'headline',
-           'cross_table', 'pair_seeds', 'gain', 'split_gain', 'rule_share', 'gains', 'plot_gains',
-           'validation', 'picked_epoch', 'selection_effect', 'settings', 'only_values',
-           'only_floor', 'only_table', 'order_text', 'swapped_pairs', 'scipy_stats', 'kendall',
-           'ranking', 'against_nothing']
+           'common_rules', 'cross_table', 'pair_seeds', 'gain', 'split_gain', 'rule_share',
+           'gains', 'plot_gains', 'validation', 'picked_epoch', 'selection_effect', 'settings',
+           'only_values', 'only_floor', 'only_table', 'order_text', 'swapped_pairs', 'scipy_stats',
+           'kendall', 'ranking', 'against_nothing']
 
 # %% ../../nbs/results/14_rules.ipynb #d544457c
+import itertools
 import math
 
 import numpy as np
@@ -18,7 +19,8 @@ import pandas as pd
 from ..core import PALETTE, InputError, check_choice
 from ..counts import LEVELS, ONLY, STANDARD
 from ..metrics import RULES, llp_floors
-from .compare import compare, mean_sd, our_row, printed_rows, runs_note, simulated_note
+from .compare import (compare, faith_notes, mean_sd, our_row, own_part, printed_rows,
+                                     runs_note, simulated_note)
 from .groups import (SELECTED, check_comparable, checked, group, has_selected, mark_of,
                                     provenance, scale_of, scores)
 from .plans import Plan, by_experiment, recorded, render, title
@@ -37,24 +39,32 @@ def headline(records) -> dict:
     exp = {method_name(m): experiment(system_of(m).spec(scale=scale).plain()) for m in HEADLINE}
     return {name: [found[e][s] for s in sorted(found[e])] for name, e in exp.items() if e in found}
 
+def common_rules(records) -> tuple:
+    "Names of the rules under which all records are scored, in the order of `RULES`"
+    return tuple(k for k in RULES if all(k in r["metrics"] for r in records))
+
+# %% ../../nbs/results/14_rules.ipynb #39d8e2ce
 PICK = tuple((l, "Type@AV") for l in LEVELS)
 
 def cross_table(records,           # records or a dictionary of label to records, see `headline`
                 metrics=PICK,      # (level, metric) pairs
-                rules=tuple(RULES),
+                rules=None,        # names; None: those that all records have
                 **params) -> Table:
     "Methods × decision rules: the same probabilities under every rule, mean ± sd over seeds"
     groups = group(records)
     every = [r for rs in groups.values() for r in rs]
     check_comparable(every)
-    rows = []
+    rules, rows = rules or common_rules(every), []
+    def cells(r):
+        own = {rule: own_part(r, scores(r, rule)) for rule in rules}
+        return {(" ".join(k), rule): own[rule][k] for k in metrics for rule in rules if k in own[rule]}
     for name, rs in groups.items():
-        mean, sd = mean_sd([{(" ".join(k), rule): scores(r, rule)[k] for k in metrics for rule in rules}
-                            for r in rs])
+        mean, sd = mean_sd([cells(r) for r in rs])
         row = our_row(name, rs)
         rows.append(Row(name, f"{row.source}; own rule {rs[0]['rule']}", "ours", mean, sd, info=row.info))
     return Table(rows, "Methods × decision rules, F-scores in %",
-                 notes=simulated_note(mark_of(every), False) + runs_note(rows),
+                 [(" ".join(k), rule) for k in metrics for rule in rules],
+                 simulated_note(mark_of(every), False) + runs_note(rows) + faith_notes(rows),
                  provenance=provenance(every, metrics=[list(k) for k in metrics], rules=list(rules),
                                        **params))
 
@@ -111,24 +121,25 @@ def rule_share(ours,             # records of one method
 def gains(groups: dict, reference: str, key=PICK[0]) -> pd.DataFrame:
     "Points that each group (row) gains over the reference, under own rules and every common one (column)"
     check_choice(reference, groups, "reference")
+    rules = (None, *common_rules([r for rs in groups.values() for r in rs]))
     def mean(ours, rule):
         return np.mean([gain(*p, key, rule) for p in pair_seeds(ours, groups[reference])])
-    return pd.DataFrame({name: {rule or "own rules": mean(rs, rule) for rule in (None, *RULES)}
+    return pd.DataFrame({name: {rule or "own rules": mean(rs, rule) for rule in rules}
                          for name, rs in groups.items() if name != reference}).T
 
 def plot_gains(groups: dict, reference: str, key=PICK[0]):
     "Gain over a reference under own rules (bar) and under each common rule (points)"
     frame = gains(groups, reference, key)
+    common = frame.drop(columns="own rules")
     with drawing() as plt:
         fig, ax = plt.subplots(figsize=(7.5, 1 + .4*len(frame)), layout="constrained")
         ax.barh(range(len(frame)), frame["own rules"], color=PALETTE["grey"], height=.6, label="own rules")
-        for rule, marker in zip(RULES, "osD^v"):
+        for rule, marker in zip(common, itertools.cycle("osD^v<>P*X")):
             ax.plot(frame[rule], range(len(frame)), marker, ms=5, ls="", label=f"both under {rule}")
         ax.set_yticks(range(len(frame)), frame.index); ax.invert_yaxis()
         ax.axvline(0, color=PALETTE["truth"], lw=.8)
         ax.set(xlabel=f"gain over {reference}, {' '.join(key)} (points)"); ax.grid(axis="y", visible=False)
         fig.legend(loc="outside right center")
-        common = frame[list(RULES)]
         alt = "; ".join(f"{n}: {frame.loc[n, 'own rules']:+.1f} under own rules, "
                         f"{common.loc[n].min():+.1f} to {common.loc[n].max():+.1f} under common ones"
                         for n in frame.index)
@@ -171,7 +182,7 @@ def selection_effect(records,                # records, or a dictionary of label
                      for f in frames for e in (picked_epoch(f, s),)]
             mean, sd = mean_sd(cells)
             rows.append(Row(name, f"{own.source}; by {s}", "", mean, sd, info=own.info))
-    notes = simulated_note(mark_of(every), False) + [ONLY_VALIDATION]
+    notes = simulated_note(mark_of(every), False) + faith_notes(rows) + [ONLY_VALIDATION]
     return Table(rows, "What each selection metric would have kept", notes=notes,
                  provenance=provenance(every, selectors=list(selectors), **params))
 
@@ -206,11 +217,12 @@ def only_values(record, treatment: str = "one", rule=None) -> dict:  # (level, m
     "The metrics `ONLY` of a run under one treatment of videos without such an event"
     rule = rule or record["rule"]
     if check_choice(treatment, TREATED, "treatment") == "one":
-        return {k: v for k, v in scores(record, rule).items() if k[1] in ONLY}
+        return {k: v for k, v in own_part(record, scores(record, rule)).items() if k[1] in ONLY}
     if rule not in record.get("only", {}):
         raise InputError(f"has no corrected scores under {rule}", where=record["key"],
                          fix="delete the record and run again")
-    return {(l, m): v for l in LEVELS for m, v in record["only"][rule][treatment][l].items() if v is not None}
+    of = record["only"][rule][treatment]
+    return own_part(record, {(l, m): v for l in LEVELS for m, v in of[l].items() if v is not None})
 
 def only_floor(record, name: str = "nothing", treatment: str = "one") -> dict:
     "The same of a predictor without a model, on the record's test videos"
@@ -236,7 +248,7 @@ def only_table(records,                    # records or a dictionary of label to
              for f in floors for t, what in TREATED.items()]
     return Table(rows, "Audible-only and visible-only F-scores in %, as published and corrected",
                  [(l, m) for l in LEVELS for m in ("Ao", "Vo", "AV", "Type@AVo", "Event@AVo")],
-                 simulated_note(mark, False) + runs_note(rows[::len(TREATED)]),
+                 simulated_note(mark, False) + runs_note(rows[::len(TREATED)]) + faith_notes(rows),
                  provenance(every, rule=rule, **params))
 
 # %% ../../nbs/results/14_rules.ipynb #6060d9e6

@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core import InputError, atomic_write, file_hash, write_json
 from ..counts import LEVELS
-from .groups import marked_as, provenance
+from .groups import marked_as, provenance, provenance_notes
 from .reported import AVG, in_order
 
 # %% ../../nbs/results/02_table.ipynb #d692a79c
@@ -96,7 +96,7 @@ class Formats:
 # %% ../../nbs/results/02_table.ipynb #de7de2b6
 @dataclass
 class Table(Formats):
-    "Rows with a caption and provenance; `InputError` when there is no row"
+    "Rows with a caption and provenance, and the notes that follow from it; `InputError` without a row"
     rows: list                                       # of `Row`
     caption: str = ""
     columns: list = None                             # keys (group, name) in order; None: all that occur
@@ -106,6 +106,8 @@ class Table(Formats):
     def __post_init__(self):
         if not self.rows: raise InputError("a table needs at least one row", where="rows")
         if self.columns is None: self.columns = columns_of(self.rows)
+        more = [n for n in provenance_notes(self.provenance) if n not in self.notes]
+        self.notes = [*self.notes, *more]
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -214,6 +216,7 @@ def to_markdown(table: Table) -> str:
 TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
        "$": r"\$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
        ">": r"\textgreater{}", "±": r"$\pm$", "−": "$-$", "–": "--", "†": r"$^\dagger$",
+       "‡": r"$^\ddagger$", "§": r"$^{\S}$",
        "γ": r"$\gamma$", "ω": r"$\omega$", "μ": r"$\mu$", "τ": r"$\tau$", "×": r"$\times$",
        "≥": r"$\ge$", "≤": r"$\le$", "→": r"$\to$"}
 

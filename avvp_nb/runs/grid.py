@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-from ..core import InputError, brief, cut, did_you_mean, file_bytes, read_json
+from ..core import InputError, brief, check_seeds, cut, did_you_mean, file_bytes, read_json
 from ..data.sim_labels import SimParams
 from ..data.sources import DataSpec
 from ..methods.zoo import METHODS
@@ -140,8 +140,9 @@ def expand_tables(grid: dict, where="grid") -> list:
     if seeds is not None: seeds = [c["seed"] for c in combinations({"seed": seeds}, where)]
     scale, data = grid.get("scale", "small"), read_data(grid.get("data"), where)
     with told(where):
-        rows = sum(len(plan(p, t, scale, seeds and seeds[:1], data).specs) for p, t in tables)
+        rows = sum(len(plan(p, t, scale, seeds and (1,), data).specs) for p, t in tables)
         check_count(rows*len(seeds or [1]), "tables, seed")
+        if seeds: check_seeds(seeds, "seed")
         return [s for p, t in tables for s in plan(p, t, scale, seeds, data).specs]
 
 # %% ../../nbs/runs/04a_grid.ipynb #b47dd1bf
@@ -161,7 +162,10 @@ def each_spec(grid, where) -> list:
     for o in options: check_keys(o, known, f"{where}: options")
     axes = {**grid, "options": [c for o in options for c in combinations(o, f"{where}: options")],
             "data": [read_data(d, where) for d in data]}
-    return [spec_at(where, **c) for c in combinations(axes, where)]
+    found = combinations(axes, where)
+    if isinstance(grid.get("seed"), list):
+        with told(where): check_seeds(grid["seed"], "seed")
+    return [spec_at(where, **c) for c in found]
 
 def expand(grid, where="grid") -> list:
     "The distinct specs of a grid, or of a list of grids; `InputError` before more are made than may be"

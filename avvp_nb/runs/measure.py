@@ -37,7 +37,7 @@ from ..records.spec import LABELS, RunSpec, run_key
 from ..records.store import as_store
 from ..results.speed import shapes
 from ..train.lanes import Lane
-from ..train.learner import PRECISIONS, Learner, pick_device, predict_both, products
+from ..train.learner import PRECISIONS, Learner, check_precision, pick_device, predict_both, products
 from ..train.stack import StackedLearner
 
 # %% ../../nbs/runs/06_measure.ipynb #91b1bc43
@@ -114,8 +114,11 @@ def copy_rate(device="cpu", megabytes: int = 256, seconds: float = .3) -> float:
 BEST = ((1024,)*3, (2048,)*3)   # shapes among which the best product is looked for, and larger ones on a GPU
 
 def precisions(device) -> tuple:
-    "The precisions that a device has"
-    return tuple(p for p in PRECISIONS if p != "tf32" or torch.device(device).type == "cuda")
+    "The precisions that a device has, without one that it only imitates"
+    def there(p) -> bool:
+        try: return check_precision(p, device) != "tf32" or torch.device(device).type == "cuda"
+        except InputError: return False
+    return tuple(p for p in PRECISIONS if there(p))
 
 def ceilings(device="cpu", batch_sizes=(16, 128), seconds: float = .3, best=BEST,
              only=None,      # precisions; None: all that the device has

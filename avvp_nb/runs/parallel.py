@@ -33,9 +33,9 @@ from ..methods.zoo import METHODS
 from ..records.spec import RunSpec, describe, run_key
 from ..records.store import Store, as_store
 from .single import (finish, learner_of, make_record, product_of, recorded, sweep_store,
-                                 turn)
+                                 tell_missing, turn)
 from ..train.callbacks import CheckpointCB, ProgressCB, ScoreCB, ValidateCB
-from ..train.learner import Learner, epoch_seed, inputs, pick_device
+from ..train.learner import Learner, check_precision, epoch_seed, inputs, pick_device
 
 # %% ../../nbs/runs/02_parallel.ipynb #976bbd71
 def share(idx: np.ndarray,  # (B,) positions of one batch
@@ -197,6 +197,7 @@ def run_here(spec: RunSpec, store: Store, device: torch.device, progress: str) -
     key = run_key(spec, identity)
     record = agree(lambda: recorded(store, key))
     if record is not None: return record
+    check_precision(spec.precision, device)
     agree(lambda: store.prepare() or sweep_store(store))
     for f in spec.base.first(spec): run_here(f, store, device, progress)
     with locked(store, key, progress != "off"):
@@ -206,6 +207,7 @@ def run_here(spec: RunSpec, store: Store, device: torch.device, progress: str) -
         product, first = product_of(spec, store, str(device), "off")           # ... and read by all
         data = load_data(spec.data, spec.scale, store.root/"cache", spec.base.frames)
         check_lengths(spec, data)
+        if progress != "off" and dist.get_rank() == 0: tell_missing(data)
         path = store.checkpoint_path(key)
         learner, keep = learner_of(spec, data, path, key, product, str(device), progress, ParallelLearner)
         learner.fit()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PART', 'WRITTEN', 'holder', 'turn', 'in_use', 'sweep_store', 'product_of', 'learner_of', 'train',
-           'make_record', 'selected_by', 'finish', 'recorded', 'run']
+           'make_record', 'selected_by', 'finish', 'recorded', 'tell_missing', 'run']
 
 # %% ../../nbs/runs/00_single.ipynb #c36fa81b
 import os
@@ -22,12 +22,12 @@ import torch
 from ..core import InputError, atomic_write, file_hash, write_json
 from ..data.pseudo import label_clips
 from ..data.sim_files import is_leftover
-from ..data.sources import Data, identify, load_data
+from ..data.sources import Data, identify, load_data, missing_note, missing_videos
 from ..methods.losses import DenseLoss
 from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
 from ..metrics import RULES
-from ..records.provenance import commit, hardware, versions
+from ..records.provenance import commit_and_why, hardware, versions
 from ..records.scores import (corrected_only, floor_scores, has_truth, pack_probabilities, passes_of,
                                     score, with_selected)
 from ..records.spec import FORMAT, RunSpec, describe, run_key
@@ -35,7 +35,7 @@ from ..records.store import Store, as_store, product_name
 from ..records.weights import class_names, load_weights, save_weights
 from ..surroundings import at_home
 from ..train.callbacks import CheckpointCB, ProgressCB, ScoreCB, ValidateCB
-from ..train.learner import Learner, pick_device, predict_both, resident, using
+from ..train.learner import Learner, check_precision, pick_device, predict_both, resident, using
 from ..train.threads import fit
 from ..train.thresholds import ThresholdsCB, search_thresholds
 
@@ -126,16 +126,18 @@ def make_record(key: str, spec: RunSpec, data: Data, learner, keep, first=()) ->
     "Everything about a finished run but its scores"
     plain, test = spec.plain(), data["test"]
     source = {k: v for k, v in test.source.items() if k not in ("mark", "simulated")}
-    origin = learner.train if spec.labels else test
+    origin, missing = learner.train if spec.labels else test, missing_videos(data)
+    found, why = commit_and_why()
     return {"format": FORMAT, "key": key, "spec": plain, "seed": spec.seed, "first": list(first),
-            "commit": commit(), "versions": versions(),
+            "commit": found, **({"no_commit": why} if why else {}), "versions": versions(),
             "hardware": hardware(learner.device, learner.engine),
             "wall_time": round(sum(h["seconds"] for h in learner.history), 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rule": plain["rule"],
             "selection": {"metric": keep.select, "epoch": keep.best_epoch}, "history": learner.history,
             "data": {"simulated": bool(origin.source.get("simulated")), "mark": origin.mark,
                      "identity": data.identity, "source": source,
-                     "n": {k: len(v) for k, v in data.items()}}}
+                     "n": {k: len(v) for k, v in data.items()},
+                     **({"missing": missing} if missing else {})}}
 
 # %% ../../nbs/runs/00_single.ipynb #eeec8324
 def selected_by(model, history, val, rule: str) -> dict:
@@ -175,6 +177,12 @@ def recorded(store: Store, key: str) -> Optional[dict]:
     if record is not None: store.drop_checkpoint(key)
     return record
 
+# %% ../../nbs/runs/00_single.ipynb #0eabbe24
+def tell_missing(data: Data):
+    "Print how many videos of each split a run does without, if any"
+    note = missing_note(missing_videos(data))
+    if note: print(f"    {note}", flush=True)
+
 # %% ../../nbs/runs/00_single.ipynb #333f8640
 def run(spec: RunSpec,           # what to run
         store="runs",            # a `Store`, or its folder
@@ -190,6 +198,7 @@ def run(spec: RunSpec,           # what to run
     pick_device(device)
     key = run_key(spec, identify(spec.data, store.root/"cache")[0])
     if not fresh and (record := recorded(store, key)) is not None: return record
+    check_precision(spec.precision, pick_device(device))
     store.prepare()
     sweep_store(store)
     with turn(store, key, progress != "off"):
@@ -197,6 +206,7 @@ def run(spec: RunSpec,           # what to run
         elif (record := store.record(key)) is not None: return record
         product, first = product_of(spec, store, device, progress, fresh)
         data = load_data(spec.data, spec.scale, store.root/"cache", spec.base.frames)
+        if progress != "off": tell_missing(data)
         learner, keep = train(spec, data, store.checkpoint_path(key), key, product, device, progress)
         record = make_record(key, spec, data, learner, keep, first)
         return finish(store, record, data["test"], learner.model, data["val"])

@@ -27,10 +27,10 @@ from ..methods.zoo import METHODS
 from ..records.spec import describe, run_key
 from ..records.store import as_store
 from .single import (finish, learner_of, make_record, product_of, recorded, run, sweep_store,
-                                 turn)
+                                 tell_missing, turn)
 from ..train.callbacks import CheckpointCB
 from ..train.lanes import Lane, architecture, why_not
-from ..train.learner import pick_device, resident, using
+from ..train.learner import check_precision, pick_device, resident, using
 from ..train.stack import SMALL, StackedLearner, out_of_memory, weight_bytes
 
 # %% ../../nbs/runs/01_stacked.ipynb #26bca1de
@@ -219,6 +219,7 @@ class Parts(Report):
     def train(self, part, data):
         "Fit jobs together, and record each that gets to the end"
         self.say(f"{len(part)} together: " + "; ".join(describe(j.spec) for j in part))
+        if self.progress != "off": tell_missing(data)
         lanes = self.lanes(part, data)
         n = len(lanes)
         if n > 1: StackedLearner([lane for _, lane, _ in lanes], self.progress).fit()
@@ -249,6 +250,7 @@ class StackRunner(Singles):
     def all(self, specs):
         "Bring all specs to a record or to a failure"
         todo = [s for s in {self.key(s): s for s in specs}.values() if not self.settled(s)]
+        for p in {s.precision for s in todo}: check_precision(p, self.device)
         if todo: self.store.prepare(); sweep_store(self.store)
         firsts = [f for s in todo for f in s.base.first(s)]
         if firsts: self.all(firsts)

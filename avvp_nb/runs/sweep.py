@@ -7,9 +7,9 @@ __all__ = ['EXECUTORS', 'ELSEWHERE', 'Task', 'grouped', 'plan_tasks', 'Failure',
            'keys_of', 'run_group', 'attempt_stack', 'Job', 'Outcome', 'Shared', 'open_out', 'free',
            'outcome_of', 'compute', 'held_up', 'work', 'fallen', 'ended', 'local', 'needs',
            'start_ray', 'on_ray', 'Requeued', 'layers', 'on_slurm', 'say', 'line', 'check_written',
-           'check_sweep', 'sweep', 'add_arguments', 'collect', 'cmd_sweep', 'TABLE_KEYS',
-           'check_keys', 'combinations', 'expand', 'expand_tables', 'names', 'read_data',
-           'read_grid', 'read_grid_file', 'spec_at']
+           'check_sweep', 'check_here', 'sweep', 'add_arguments', 'collect', 'slurm_folder',
+           'on_missing_as', 'cmd_sweep', 'TABLE_KEYS', 'check_keys', 'combinations', 'expand',
+           'expand_tables', 'names', 'read_data', 'read_grid', 'read_grid_file', 'spec_at']
 
 # %% ../../nbs/runs/05_sweep.ipynb #2c6f4bb7
 import importlib.util
@@ -21,11 +21,12 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
 from ..core import InputError, check_choice
+from ..data.features import ON_MISSING
 from ..data.sources import SCALES, identify
 from ..records.spec import describe, run_key
 from ..records.store import Store
@@ -36,7 +37,7 @@ from .remote import Remote, pull, push
 from .reproduce import duration
 from .single import run
 from .stacked import StackFailure, plan_stacks, run_stacked
-from ..train.learner import ENGINES, check_engine
+from ..train.learner import ENGINES, check_engine, check_precision, pick_device
 
 # %% ../../nbs/runs/05_sweep.ipynb #02eb0b29
 _all_ = ["TABLE_KEYS", "check_keys", "combinations", "expand", "expand_tables", "names", "read_data",
@@ -327,6 +328,14 @@ def check_sweep(progress: str = "lines", stack: int = 1, gpus: float = .25, retr
         raise InputError(f"{patience} is not possible", where="patience",
                          expected=f"more than pulse ({pulse})")
 
+# %% ../../nbs/runs/05_sweep.ipynb #22323317
+def check_here(specs, executor: str, device: str, engine=None):
+    "Raise an `InputError` for what this machine cannot do, where it does the work: workers differ from it"
+    if engine and executor != "local": check_choice(engine, ENGINES, "engine")
+    elif engine: check_engine(engine, device)
+    if executor != "local": return
+    for p in {s.precision for s in specs}: check_precision(p, pick_device(device))
+
 # %% ../../nbs/runs/05_sweep.ipynb #74265380
 def sweep(specs,                     # see `read_grid`; what must come first is added
           out="runs",                # folder or URL of the store
@@ -341,14 +350,14 @@ def sweep(specs,                     # see `read_grid`; what must come first is 
     specs = with_first(specs)
     do = EXECUTORS[check_choice(executor, EXECUTORS, "executor")]
     check_sweep(progress, stack, pulse=pulse, patience=patience, **settings)
-    if engine and executor == "local": check_engine(engine, device)
-    elif engine: check_choice(engine, ENGINES, "engine")               # workers have other devices
+    check_here((), executor, device, engine)
     job = Job(str(out), device, progress, None if stage is None else str(stage), pulse, patience,
               {s.scale: SCALES[s.scale] for s in specs}, engine)
     place = open_out(job)
     place.prepare()
     keys, there, start = keys_of(specs, place.store), place.recorded(), time.monotonic()
     done = {k: Outcome(k, "recorded") for k in keys.values() if k in there}
+    check_here([s for s, k in keys.items() if k not in done], executor, device)
     say(job, f"{len(keys)} runs, {len(done)} of them recorded")
     for wait in (False, True):
         todo, n = [s for s, k in keys.items() if k not in done], len(done)
@@ -380,6 +389,9 @@ def add_arguments(p):
     p.add_argument("--device", default="auto")
     p.add_argument("--progress", default="lines", help="lines or off")
     p.add_argument("--dry-run", action="store_true", help="list the runs and stop")
+    p.add_argument("--on-missing", choices=ON_MISSING,
+                   help="drop: go on without videos whose features are missing or damaged; default: as the "
+                        "grid says")
 
 # %% ../../nbs/runs/05_sweep.ipynb #529bba12
 def collect(outcomes, url, folder, stage=None) -> int:
@@ -387,14 +399,24 @@ def collect(outcomes, url, folder, stage=None) -> int:
     remote, store = Remote(url, stage), Store(folder)
     return sum(pull(remote, o.key, store) is not None for o in outcomes)
 
+def slurm_folder() -> str:
+    "Where the files of Slurm jobs lie; `InputError` for a user without a home folder"
+    try: return str(Path.home()/".avvp_nb"/"slurm")
+    except RuntimeError as e:
+        raise InputError("needs a home folder", where="--executor slurm", fix="set HOME") from e
+
+def on_missing_as(on_missing, specs) -> list:
+    "Specs with one way for videos without features, see `DataSpec`; None: as they are"
+    return [replace(s, data=replace(s.data, on_missing=on_missing)) if on_missing else s for s in specs]
+
 def cmd_sweep(a):
     "Make all runs of a grid on this machine, on a Ray cluster or under Slurm; repeat the command to continue"
-    specs = read_grid(a.grid)
+    specs = on_missing_as(a.on_missing, read_grid(a.grid))
     if a.collect and "://" not in a.out:
         raise InputError("is a folder already", where=f"--out {a.out}", expected="a URL, with --collect")
     if a.dry_run: print(*map(describe, with_first(specs)), sep="\n"); return 0
-    folder = str(Path.home()/".avvp_nb"/"slurm")
-    slurm = dict(partition=a.partition, minutes=a.minutes, folder=folder) if a.executor == "slurm" else {}
+    slurm = dict(partition=a.partition, minutes=a.minutes, folder=slurm_folder()) \
+        if a.executor == "slurm" else {}
     outcomes = sweep(specs, a.out, a.executor, a.device, a.progress, a.stack, stage=a.stage,
                      address=a.address, gpus=a.gpus_per_task, retries=a.retries, engine=a.engine, **slurm)
     if a.collect: print(f"{collect(outcomes, a.out, a.collect, a.stage)} runs brought into {a.collect}")

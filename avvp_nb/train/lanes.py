@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ..core import InputError, Parsing
@@ -142,7 +143,9 @@ def architecture(model) -> list:
 
 def why_not(model, callbacks=()) -> Optional[str]:
     "Why this network, or what is done to it, cannot be part of a stack, in words; None when it can"
+    if hasattr(model, "parameter_groups"): return "its parameters learn at several rates, a lane at one"
     for m in model.modules():
+        if isinstance(m, _BatchNorm): return "batch norm counts each pass, and a stack rehearses some of them"
         if isinstance(m, nn.RNNBase): return f"recurrent layers ({type(m).__name__}) have no batched form"
         if isinstance(m, nn.MultiheadAttention):
             return "PyTorch's own attention layer draws its dropout where a stack cannot reach it"

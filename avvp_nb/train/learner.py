@@ -7,13 +7,14 @@ __all__ = ['STEP', 'PRECISIONS', 'ENGINES', 'epoch_seed', 'batches', 'Callback',
            'in_order', 'inputs', 'evaluating', 'predict', 'two_passes', 'predict_both',
            'pick_device', 'check_precision', 'in_words', 'check_shapes', 'undisturbed',
            'check_model', 'check_loss', 'NotFiniteError', 'check_terms', 'check_engine', 'using',
-           'Engine', 'Recording', 'detached', 'Forward', 'Step', 'Loop', 'logged_epoch', 'Learner',
-           'resident']
+           'Engine', 'Recording', 'detached', 'Forward', 'groups_of', 'Step', 'Loop',
+           'logged_epoch', 'Learner', 'resident']
 
 # %% ../../nbs/train/00_learner.ipynb #62d44179
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -320,6 +321,21 @@ class Forward(Recording):
             with self.autocast(): self.projected = self.model.project(*self.batch.features)
         return self.projected
 
+# %% ../../nbs/train/00_learner.ipynb #577faead
+def groups_of(model) -> list:
+    "What an optimiser is given: all parameters, or the checked `parameter_groups` of a model that has some"
+    if not hasattr(model, "parameter_groups"): return list(model.parameters())
+    where = f"{type(model).__name__}.parameter_groups"
+    groups = [{"scale": 1., **g, "params": list(g["params"])} for g in model.parameter_groups()]
+    for g in groups:
+        if not 0 < g["scale"] < float("inf"):
+            raise InputError(f"scale {g['scale']!r} is not possible", where=where, expected="a number > 0")
+    given = Counter(id(p) for g in groups for p in g["params"])
+    for name, p in model.named_parameters():
+        if p.requires_grad and given[id(p)] != 1:
+            raise InputError(f"'{name}' is in {given[id(p)]} groups", where=where, expected="one")
+    return groups
+
 # %% ../../nbs/train/00_learner.ipynb #9e722396
 class Step(Forward):
     "What happens to one batch"
@@ -355,7 +371,8 @@ class Loop(Step):
         self.model.train()
         torch.manual_seed(epoch_seed(self.seed, self.epoch, 1))
         for g in self.opt.param_groups:
-            g["lr"], g["capturable"] = self.rate(self.epoch), self.engine == "graphs"
+            g["lr"] = self.rate(self.epoch)*g.get("scale", 1)
+            g["capturable"] = self.engine == "graphs"
         with self.steps(): self.all_batches(batches(len(self.train), self.batch_size, self.seed, self.epoch))
 
     def all_batches(self, todo: list):
@@ -407,7 +424,7 @@ class Learner(Loop):
         self.start_engine(engine)
         self.lr, self.batch_size, self.epochs, self.step, self.factor = lr, batch_size, epochs, step, factor
         self.seed, self.deterministic = seed, deterministic
-        self.opt = torch.optim.Adam(self.model.parameters(), lr, fused=True)
+        self.opt = torch.optim.Adam(groups_of(self.model), lr, fused=True)
         self.epoch, self.history = 0, []                # epochs done, and one log each
 
     @at_home()
