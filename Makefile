@@ -19,7 +19,7 @@ QUIET := --stdout-file - --no-progress-bar --log-level WARNING
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help dgm han ma coleaf smoke test check export clean bench readme lab env
+.PHONY: help dgm han ma coleaf zoo smoke test slow check export clean bench readme lab env
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -32,7 +32,7 @@ $(PY) -m papermill nbs/$@.ipynb "$$nb" -p out runs/$@ $(QUIET) $(ARGS) \
 endef
 
 # Threads that wait sleep: a busy neighbour costs little then, and no number changes (nbs/train/06_threads.ipynb)
-dgm han ma coleaf: export OMP_WAIT_POLICY ?= passive
+dgm han ma coleaf zoo: export OMP_WAIT_POLICY ?= passive
 
 dgm: $(STAMP) ## main job: run nbs/dgm.ipynb; options as ARGS="-p gamma 0.2 -p scale tiny"
 	$(run_notebook)
@@ -46,11 +46,17 @@ ma: $(STAMP) ## MA in its three stages; options as for dgm
 coleaf: $(STAMP) ## CoLeaF's Tables 1 to 8, at the tiny scale; options as for dgm
 	$(run_notebook)
 
+zoo: $(STAMP) ## every system of the papers' tables, at the tiny scale, with cost and family tree
+	$(run_notebook)
+
 smoke: ## the main job at its smallest scale, in seconds
 	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
 
 test: $(STAMP) ## the whole test suite, with coverage, in as many processes as there are cores; leaves the tree as it is
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow" -n $${JOBS:-auto} --maxprocesses 8 --dist loadfile --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+
+slow: $(STAMP) ## the tests that take minutes: the kill campaign, every option of every notebook, what profiles reach
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "slow or ray" -n $${JOBS:-auto} --maxprocesses 8 --dist load $(ARGS)
 
 check: $(STAMP) ## in seconds: modules in step with notebooks, notebooks clean, ruff
 	$(PY) tools/check.py

@@ -359,6 +359,7 @@ def answer(process, timeout=300):
     "What became of the runs: a Counter of states by what the driver printed last"
     said = process.communicate(timeout=timeout)[0]
     assert process.returncode == 0, said
+    print(said[-5000:])                                                          # shown by pytest where a test fails
     return Counter(json.loads(said.splitlines()[-1]))
 
 

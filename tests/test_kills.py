@@ -12,7 +12,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 
 RUNS = {"han": dict(method="han"), "ma": dict(method="ma"), "jomold": dict(method="jomold"),
         "dgm": dict(method="dgm", backbone="han"), "cmpae": dict(method="cmpae"),
-        "coleaf": dict(method="coleaf", backbone="han"), "valor": dict(method="valor", labels="clip+clap")}
+        "coleaf": dict(method="coleaf", backbone="han"), "valor": dict(method="valor", labels="clip+clap"),
+        "ma, by lot": dict(method="ma", options={"refine": "random"}), "talnet": dict(method="talnet", options={"thresholds": "f1"}),
+        "jocor": dict(method="jocor"), "dhhn": dict(method="dhhn", protocol="refined"),
+        "mm_pyramid": dict(method="mm_pyramid", options={"refine": "both"}), "deep": dict(method="deep", options={"denoise": True})}
 
 
 @pytest.fixture(scope="module")

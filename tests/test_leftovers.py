@@ -344,8 +344,8 @@ def git(code, err="", out=""): return SimpleNamespace(returncode=code, stderr=er
 @pytest.mark.parametrize("answers, found", [
     ([git(0, out="a"*40 + "\n"), git(0)], ("a"*40, "")), ([git(0, out="a"*40), git(0, out=" M core.py\n")], ("a"*40 + "+", "")),
     ([git(128, "fatal: not a git repository (or any of the parent directories): .git\n")], (None, "")),
-    ([git(128, "fatal: detected dubious ownership in repository at '/home/you/x'\nadd an exception\n")], (None, "git refused: detected dubious ownership in repository at ...")),
-    ([git(128, "fatal: cannot open '/home/you/x': Too many open files")], (None, "git refused: cannot open ... Too many open files")),
+    ([git(128, "fatal: detected dubious ownership in repository at '/srv/x'\nadd an exception\n")], (None, "git refused: detected dubious ownership in repository at ...")),
+    ([git(128, "fatal: cannot open '/srv/x': Too many open files")], (None, "git refused: cannot open ... Too many open files")),
     ([git(0, out="a"*40), git(128, "fatal: out of memory")], (None, "git refused: out of memory")), ([git(1)], (None, "git refused: without a reason")),
     ([FileNotFoundError(2, "No such file or directory", "git")], (None, "git could not be asked (No such file or directory)")),
     ([origin.subprocess.TimeoutExpired("git", 10)], (None, "git could not be asked (TimeoutExpired)"))], ids=str)

@@ -9,6 +9,7 @@ import pytest
 from tree import NOTEBOOKS, ROOT
 
 from avvp_nb.data.annotations import load_annotations
+from avvp_nb.data.clip_clap import write_clip_clap
 from avvp_nb.data.pseudo import label_clips, write_pseudo_layout
 from avvp_nb.data.sim_files import write_simulated
 from avvp_nb.data.simulate import simulate
@@ -46,11 +47,20 @@ SWITCHES = {
                "audio_table": {"audio_table": "2020", "annotations": "ANNOTATIONS"}, "unav_annotations": "UNAV",
                "unav_features": {"unav_annotations": "UNAV", "unav_features": "UNAV_FEATURES"},
                "on_missing": {"on_missing": "drop", "features": "FEATURES", "annotations": "ANNOTATIONS"}},
+    "zoo": {"systems": [["mm_pyramid", "coteaching"]], "scale": "small", "seeds": [[2, 3]], "annotations": "ANNOTATIONS",
+            "features": {"features": "FEATURES", "annotations": "ANNOTATIONS"},
+            "pseudo_labels": {"systems": ["uwav", "han"], "pseudo_labels": "PSEUDO", "annotations": "ANNOTATIONS",
+                              "features": "FEATURES"},
+            "clip_clap": {"systems": ["valor_plus_plus"], "clip_clap": "CLIP_CLAP", "annotations": "ANNOTATIONS",
+                          "features": "FEATURES", "pseudo_labels": "PSEUDO"},
+            "audio_table": {"audio_table": "2020", "annotations": "ANNOTATIONS"},
+            "on_missing": {"on_missing": "drop", "features": "FEATURES", "annotations": "ANNOTATIONS"}, "fresh": True,
+            "device": "cpu"},
     "speed": {"scale": "small", "seeds": [[2, 3]], "batch_sizes": [[8]], "seconds": .2, "device": "cpu",
               "bench": "no/such/folder"},
 }
 # Of the new place of `out` each set of parameters is a test by itself; measurements of a second are made shorter
-ALWAYS = {"speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]}}
+ALWAYS = {"zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]}}
 
 
 def parameters(nb):
@@ -81,14 +91,15 @@ def test_every_parameter_has_a_switch(name):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     "Annotations, features and pseudo-labels of both data sets in the authors' layouts"
-    llp, unav, labels = (tmp_path_factory.mktemp(x) for x in ("llp", "unav", "labels"))
+    llp, unav, labels, teachers = (tmp_path_factory.mktemp(x) for x in ("llp", "unav", "labels", "teachers"))
     write_simulated(llp, {"train": 48, "val": 16, "test": 16})
     write_unav(unav, {"train": 48, "val": 16, "test": 16})
     folder = next(llp.rglob("AVVP_train.csv")).parent
     clips = label_clips(simulate(48))
     assert clips.ids == load_annotations(folder)["train"].ids
     write_pseudo_layout(labels, clips)
-    return {"ANNOTATIONS": str(folder), "FEATURES": str(llp), "UNAV": str(next(unav.rglob("*.json"))),
+    for split, n in (("train", 48), ("val", 16), ("test", 16)): write_clip_clap(teachers, simulate(n, split=split))
+    return {"CLIP_CLAP": str(teachers), "ANNOTATIONS": str(folder), "FEATURES": str(llp), "UNAV": str(next(unav.rglob("*.json"))),
             "UNAV_FEATURES": str(unav), "PSEUDO": str(labels)}
 
 

@@ -13,13 +13,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("", "data", "train", "methods", "records", "results", "runs", "")   # folders below nbs/; "" twice: 00_ to 89_, 90_
 USED_IN = {   # what a notebook's number is followed by -> the experiment that uses it; others: that of their floor
-    "": {"cli": "index", "main": "index", "face": "index"},
-    "data": {"unav100": "coleaf", "unav_features": "coleaf", "unav_simulate": "coleaf", "pseudo": "coleaf", "sources": "extend"},
+    "": {"cli": "index", "main": "index", "face": "index", "limits": "extend", "surroundings": "extend"},
+    "data": {"unav100": "coleaf", "unav_features": "coleaf", "unav_simulate": "coleaf", "pseudo": "coleaf", "sources": "extend",
+             "clip_clap": "zoo"},
     "train": {"graphs": "speed", "lanes": "speed", "stack": "speed", "thresholds": "coleaf", "threads": "speed"},
     "methods": {"method": "extend", "mmil": "han", "losses": "han", "han": "han", "ma_swap": "ma", "ma_refine": "ma", "ma": "ma",
-                "valor": "coleaf", "cmpae": "coleaf", "coleaf_terms": "coleaf", "coleaf": "coleaf", "zoo": "extend"},
+                "valor": "coleaf", "cmpae": "coleaf", "coleaf_terms": "coleaf", "coleaf": "coleaf", "zoo": "extend",
+                **dict.fromkeys(("valor_plus", "sound_baselines", "picture_baselines", "ave", "mm_pyramid", "noisy", "dhhn", "mgn",
+                                 "cvcms", "deep", "uwav"), "zoo")},
     "results": {"figures_han": "han", "figures_ma": "ma", "figures_coleaf": "coleaf", "rates": "coleaf", "cost": "coleaf",
-                "intervals": "claims", "claims": "claims", "errata": "claims", "claims_page": "claims", "speed": "speed", "events": "index", "scoring": "index"},
+                "intervals": "claims", "claims": "claims", "errata": "claims", "claims_page": "claims", "speed": "speed", "events": "index",
+                "scoring": "index", "field": "zoo", "systems": "zoo"},
     "runs": {"parallel": "scale", "remote": "scale", "sweep": "scale", "stacked": "speed", "measure": "speed", "parity": "speed",
              "gpu_report": "speed", "merge": "speed", "face": "extend"}}
 MARK = re.compile(r"^\[(?:←|index)[^\n]*\]\([^\n]*\)$", re.M)

@@ -33,10 +33,11 @@ def default_seeds(scale: str) -> tuple:
     "1, 2, ... as many as the scale asks for (one at a scale of your own)"
     return tuple(range(1, SEEDS.get(check_choice(scale, SCALES, "scale"), 1) + 1))
 
-def row_labels(rows,  # list of (method, variant)
+def row_labels(rows,         # list of (method, variant)
+               among=None,   # the rows of the table that they stand in; None: these
                ) -> list:
-    "A label for each printed row: its method, and what of its variant is in `READ` or not shared by all"
-    variants = [variant_pairs(v) for _, v in rows if v]
+    "A label for each row: its method, and what of its variant is in `READ` or not shared by all"
+    variants = [variant_pairs(v) for _, v in (among or rows) if v]
     common = frozenset.intersection(*variants) if variants else ()
     shared = {p for p in common if p.split("=")[0] not in READ}
     return [method_name(m, ";".join(p for p in v.split(";") if p and p not in shared)) for m, v in rows]
@@ -109,7 +110,8 @@ def plan_row(label: str, method: str, variant: str, scale: str, seeds, data: Dat
     return PlanRow(label, method, variant, tuple(system.spec(s, scale, data) for s in seeds),
                    rule=system.rule, read=read)
 
-CONTROLS = {("ma", "3"): (("ma", "contrastive=1;refine=random"),)}   # rows that the paper has not got
+CONTROLS = {("ma", "3"): (("ma", "contrastive=1;refine=random"),),    # rows that the paper has not got
+            ("dgm", "I"): (("mm_pyramid", "refine=both"),)}           # with MA's labels
 
 def plan(paper: str,                   # one of `TABLES`
          table,                        # printed number, such as 2 or "VI"
@@ -123,8 +125,8 @@ def plan(paper: str,                   # one of `TABLES`
     data = data_for(DATASET.get((paper, table), "llp"), data)
     found = reported(paper, table, dataset=data.dataset).reset_index()[["method", "variant"]]
     rows = list(found.drop_duplicates().itertuples(index=False, name=None))
-    rows += CONTROLS.get((paper, table), ())
-    labelled = zip(row_labels(rows), rows)
+    more = list(CONTROLS.get((paper, table), ()))
+    labelled = zip(row_labels(rows) + row_labels(more, rows), rows + more)
     return Plan(paper, table, scale, seeds,
                 [plan_row(label, m, v, scale, seeds, data) for label, (m, v) in labelled], data)
 

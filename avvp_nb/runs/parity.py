@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'DRIFT', 'still', 'settled', 'Catch', 'one_step', 'largest', 'compare_steps',
-           'parity_rows', 'filled', 'golden_case', 'golden_rows', 'short_run', 'histories',
-           'drift', 'engine_row', 'engine_rows', 'parity']
+           'parity_rows', 'network_keys', 'filled', 'golden_case', 'golden_rows', 'short_run',
+           'histories', 'drift', 'engine_row', 'engine_rows', 'parity']
 
 # %% ../../nbs/runs/07_parity.ipynb #d9cebb3e
 import math
@@ -100,7 +100,12 @@ def parity_rows(method: str, device, backbone=None, **kwargs) -> list:
              "ok": v <= TOLERANCE[k]} for k, (w, v) in found.items()]
 
 # %% ../../nbs/runs/07_parity.ipynb #fa08bd59
-def filled(keys: list,              # of `state_dict_keys.json`
+def network_keys(folder: Path, network: str) -> list:
+    "Names and shapes of a network's tensors, from the lists beside the reference cases"
+    lists = [read_json(p) for p in sorted(folder.glob("state_dict_keys*.json"))]
+    return next(found[network]["keys"] for found in lists if network in found)
+
+def filled(keys: list,              # as from `network_keys`
            rule: str) -> dict:      # 'sine' or 'chirp'
     "The weights of a reference case: a function of each tensor's name and shape"
     def values(key, shape):
@@ -112,22 +117,26 @@ def filled(keys: list,              # of `state_dict_keys.json`
     return {k["key"]: values(k["key"], k["shape"]) for k in keys}
 
 # %% ../../nbs/runs/07_parity.ipynb #b1077307
-_OUTPUT = {"frame_prob": "segments", "global_prob": "video", "a_prob": "audio", "v_prob": "visual"}
+# name in a reference case: of which output it is which part
+_OUTPUT = {"frame_prob": ("segments", ...), "a_frame_prob": ("segments", np.s_[:, :, 0]),
+           "v_frame_prob": ("segments", np.s_[:, :, 1]), "global_prob": ("video", ...),
+           "a_prob": ("audio", ...), "v_prob": ("visual", ...)}
 
 def golden_case(folder: Path, method: str, case: str, device) -> dict:
     "A row of the parity table: our outputs beside a recorded case"
     info, rule = read_json(folder/f"{case}.json"), "chirp" if case.endswith("chirp") else "sine"
-    keys = read_json(folder/"state_dict_keys.json")[layouts()[method].network]["keys"]
+    keys = network_keys(folder, layouts()[method].network)
     model = from_official(filled(keys, rule), method).to(device)
     with np.load(folder/"inputs_b3.npz") as z:
         x = [torch.tensor(z[k]).to(device) for k in ("audio", "visual", "visual_st")]
-    with torch.no_grad(): parsing = model(*x, cross_attention="noca" not in case)
-    ours = {k: getattr(parsing, name).cpu().numpy() for k, name in _OUTPUT.items()}
-    with np.load(folder/f"{case}.npz") as z: want = {k: z[k] for k in _OUTPUT}
+    without = {"cross_attention": False} if "noca" in case else {}
+    with torch.no_grad(): parsing = model(*x, **without)
+    with np.load(folder/f"{case}.npz") as z: want = {k: z[k] for k in _OUTPUT if k in z}
+    ours = {k: getattr(parsing, name).cpu().numpy()[part] for k, (name, part) in _OUTPUT.items() if k in want}
     tol = {k: info.get("tolerance_by_array", {}).get(k, info["tolerance"]) for k in want}
     gap = {k: np.abs(ours[k] - v).max() for k, v in want.items()}
     worst = max(gap, key=gap.get)
-    return {"case": f"reference case {case}", "what": "outputs", "where": _OUTPUT[worst],
+    return {"case": f"reference case {case}", "what": "outputs", "where": _OUTPUT[worst][0],
             "difference": float(gap[worst]), "tolerance": tol[worst]["atol"],
             "ok": all(np.allclose(ours[k], v, **tol[k]) for k, v in want.items())}
 
