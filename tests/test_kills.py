@@ -101,7 +101,7 @@ def test_pack(server, tmp_path):
 def source(server, tmp_path_factory):
     "A store with a run of two stages"
     folder = tmp_path_factory.mktemp("source")
-    answer = server.ask([{"store": str(folder), "spec": {"scale": "micro", "epochs": 2, "method": "ma"}}])[0]
+    answer = server.ask([{"store": str(folder), "spec": {"scale": "micro", "method": "ma"}}])[0]
     assert answer["end"] == "done", answer["said"]
     return folder
 

@@ -285,8 +285,8 @@ def _manifest(plan: _Plan, hashes: dict, files: dict) -> dict:
 
 def _publish(work: Path, out: Path):
     "Give the finished folder its final name; an old store makes room only when the new one is complete"
-    for name in ("journal", "plan.json"):
-        with suppress(FileNotFoundError): (work/name).unlink()
+    for path in (work/"journal", work/"plan.json", *work.glob(".*.part")):
+        with suppress(FileNotFoundError): path.unlink()
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists(): os.rename(out, old)

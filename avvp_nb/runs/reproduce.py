@@ -28,6 +28,7 @@ def stored(specs, store) -> dict:
         if s.data not in identities: identities[s.data] = identify(s.data, store.root/"cache")[0]
         key = run_key(s, identities[s.data])
         out[i] = key, store.record_path(key).exists()
+        if out[i][1]: store.drop_checkpoint(key)      # of a run that was killed after its record was written
     return out
 
 def duration(seconds: float) -> str:

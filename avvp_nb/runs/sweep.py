@@ -7,9 +7,10 @@ __all__ = ['EXECUTORS', 'ELSEWHERE', 'Task', 'grouped', 'plan_tasks', 'Failure',
            'keys_of', 'run_group', 'attempt_stack', 'Job', 'Outcome', 'Shared', 'open_out', 'free',
            'outcome_of', 'compute', 'held_up', 'work', 'fallen', 'ended', 'local', 'needs',
            'start_ray', 'on_ray', 'Requeued', 'layers', 'on_slurm', 'say', 'line', 'check_written',
-           'check_sweep', 'check_here', 'sweep', 'add_arguments', 'collect', 'slurm_folder',
-           'on_missing_as', 'cmd_sweep', 'TABLE_KEYS', 'check_keys', 'combinations', 'expand',
-           'expand_tables', 'names', 'read_data', 'read_grid', 'read_grid_file', 'spec_at']
+           'check_sweep', 'check_here', 'already', 'sweep', 'add_arguments', 'collect',
+           'slurm_folder', 'on_missing_as', 'cmd_sweep', 'TABLE_KEYS', 'check_keys',
+           'combinations', 'expand', 'expand_tables', 'names', 'read_data', 'read_grid',
+           'read_grid_file', 'spec_at']
 
 # %% ../../nbs/runs/05_sweep.ipynb #2c6f4bb7
 import importlib.util
@@ -337,6 +338,14 @@ def check_here(specs, executor: str, device: str, engine=None):
     for p in {s.precision for s in specs}: check_precision(p, pick_device(device))
 
 # %% ../../nbs/runs/05_sweep.ipynb #74265380
+def already(place, keys) -> dict:
+    "Outcomes by key of the runs that are recorded; a checkpoint that a kill has left beside a record goes"
+    there = place.recorded()
+    for k in keys:
+        if k in there: place.store.drop_checkpoint(k)
+    return {k: Outcome(k, "recorded") for k in keys if k in there}
+
+# %% ../../nbs/runs/05_sweep.ipynb #0367eb84
 def sweep(specs,                     # see `read_grid`; what must come first is added
           out="runs",                # folder or URL of the store
           executor: str = "local",   # 'local', 'ray' or 'slurm'
@@ -355,8 +364,8 @@ def sweep(specs,                     # see `read_grid`; what must come first is 
               {s.scale: SCALES[s.scale] for s in specs}, engine)
     place = open_out(job)
     place.prepare()
-    keys, there, start = keys_of(specs, place.store), place.recorded(), time.monotonic()
-    done = {k: Outcome(k, "recorded") for k in keys.values() if k in there}
+    keys, start = keys_of(specs, place.store), time.monotonic()
+    done = already(place, keys.values())
     check_here([s for s, k in keys.items() if k not in done], executor, device)
     say(job, f"{len(keys)} runs, {len(done)} of them recorded")
     for wait in (False, True):
