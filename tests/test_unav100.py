@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avvp_nb.core import InputError
+from avvp_nb.data import packed
 from avvp_nb.data import unav100 as U
 from avvp_nb.data import unav_features as UF
 from avvp_nb.data import unav_simulate as US
@@ -182,7 +183,7 @@ def test_pack_cuts_to_the_shorter_and_pads(layout):
 
 def test_interrupted_packing_continues(layout, monkeypatch):
     u, reads = U.load_unav(layout), []
-    monkeypatch.setattr(UF, "CHUNK", 4)
+    monkeypatch.setattr(packed, "CHUNK", 4)
     read = UF._UnavPlan.read
     def stops(self, video):
         reads.append(video)

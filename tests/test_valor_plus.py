@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from avvp_nb.core import InputError, read_json, write_json
 from avvp_nb.data import clip_clap as cc
+from avvp_nb.data import packed as store_files
 from avvp_nb.data.annotations import load_annotations
 from avvp_nb.data.features import write_layout
 from avvp_nb.data.packed import open_store, pack
@@ -308,16 +309,16 @@ def test_other_features_are_not_overwritten(files):
 def test_an_interrupted_pack_goes_on(files, monkeypatch):
     root, clips = files
     base = pack(root / "feats", root / "base", [i for c in clips.values() for i in c.ids], "float32", progress=False)
-    monkeypatch.setattr(cc, "CHUNK", 4)
-    original, calls = cc._write_chunk, []
+    monkeypatch.setattr(store_files, "CHUNK", 4)
+    original, calls = store_files._write_chunk, []
     def stop(*args):
         if len(calls) == 1: raise KeyboardInterrupt
         calls.append(args[2])
         return original(*args)
-    monkeypatch.setattr(cc, "_write_chunk", stop)
+    monkeypatch.setattr(store_files, "_write_chunk", stop)
     with pytest.raises(KeyboardInterrupt): cc.pack_clip_clap(root, base, root / "out", base.ids)
     with pytest.raises(InputError, match="packing was not finished"): open_store(root / "out")
-    monkeypatch.setattr(cc, "_write_chunk", lambda *a: calls.append(a[2]) or original(*a))
+    monkeypatch.setattr(store_files, "_write_chunk", lambda *a: calls.append(a[2]) or original(*a))
     store = cc.pack_clip_clap(root, base, root / "out", base.ids)
     assert calls == [0, 4, 8] and len(store.verify()) == 10
     np.testing.assert_array_equal(store.motion, base.motion)

@@ -10,7 +10,6 @@ __all__ = ['STEPS', 'FINE', 'WIDTH', 'TEACHERS', 'TEACHER_VERSION', 'CALM', 'NUI
 
 # %% ../../nbs/data/12a_clip_clap.ipynb #85eb74df
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,13 +18,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..core import InputError, check_choice, content_hash, file_hash, read_json, write_json
+from ..core import InputError, check_choice, content_hash, write_json
 from .clips import Clips
 from .features import (FEATURE_SETS, ON_MISSING, SOURCE_FILE, FeatureSet, _check_ids, _fit,
-                                   _n_workers, _read_file, _save_npy, _writing, doctor, layout_source, listed,
-                                   track)
-from .packed import (CHUNK, MANIFEST, Store, _Plan, _check_out, _journal, _locked, _manifest,
-                                 _plan, _prepare, _publish, _work_folder, _write_chunk, is_store, open_store)
+                                   _read_file, _save_npy, _writing, doctor, layout_source, listed)
+from .packed import Store, _Plan, _plan, carry_out
 from .sim_files import cached_store, check_mark, part_folder
 from .sim_labels import SimParams, stream
 from .simulate import LATENT, draw_normals, latents, one_torch_thread, simulate
@@ -205,19 +202,8 @@ def pack_clip_clap(root,                       # folder of both archives
     "Read every feature file once into one store; continues where an interrupted call stopped"
     check_choice(dtype, ("float16", "float32"), "dtype"); check_choice(on_missing, ON_MISSING, "on_missing")
     plan = _teacher_plan(root, base, list(ids), base.audio.shape[1], dtype, on_missing, workers)
-    out, work, source = Path(out), _work_folder(Path(out)), clip_clap_source(plan.layout, base.source)
-    with _writing(out), _locked(out):
-        if _check_out(out, plan.key, overwrite): return open_store(out)
-        # stopped between its last byte and its name
-        if not (is_store(work) and read_json(work/MANIFEST).get("key") == plan.key):
-            todo = range(_prepare(work, plan), len(plan.ids), CHUNK)
-            with ThreadPoolExecutor(_n_workers(workers)) as pool:
-                for start in track(todo, len(todo), "packing"):
-                    _write_chunk(work, plan, start, list(pool.map(plan.read, plan.ids[start:start + CHUNK])))
-            files = {m: {"file": f"{m}.npy", "sha256": file_hash(work/f"{m}.npy")} for m in plan.sets}
-            write_json({**_manifest(plan, _journal(work), files), "source": source}, work/MANIFEST)
-        _publish(work, out)
-    return open_store(out)
+    source = clip_clap_source(plan.layout, base.source)
+    return carry_out(plan, Path(out), overwrite, workers, more={"source": source})
 
 # %% ../../nbs/data/12a_clip_clap.ipynb #9332a6a9
 def open_clip_clap(path,               # folder of both archives

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'KIND', 'AGAIN', 'CHUNK', 'Described', 'Store', 'read_manifest', 'is_store',
-           'open_store', 'pack', 'load_layout']
+           'open_store', 'carry_out', 'pack', 'load_layout']
 
 # %% ../../nbs/data/03_packed.ipynb #4b3a0b1a
 import errno
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pandas as pd
@@ -321,6 +322,28 @@ def _check_out(out: Path, key: str, overwrite: bool) -> bool:
     raise InputError("holds a different pack (other videos, type, frames or source files)", where=out,
                      expected="a new folder", fix=AGAIN)
 
+# %% ../../nbs/data/03_packed.ipynb #216e41e1
+def carry_out(plan,                        # what to pack: a `_Plan`, or a plan made like it
+              out: Path,                   # folder of the store
+              overwrite: bool = False,     # replace a different store in `out`
+              workers=None,                # threads that read
+              progress: bool = True,       # show a bar for long work
+              more: Optional[dict] = None, # what else the manifest says
+              ) -> Store:
+    "Pack what a plan says, in one piece or from where an interrupted call stopped; one process at a time"
+    work = _work_folder(out)
+    with _writing(out), _locked(out):
+        if _check_out(out, plan.key, overwrite): return open_store(out)      # finished by another process
+        if not (is_store(work) and _key(work) == plan.key):    # else stopped between last byte and name
+            todo = range(_prepare(work, plan), len(plan.ids), CHUNK)
+            with ThreadPoolExecutor(_n_workers(workers)) as pool:
+                for start in track(todo, len(todo), "packing", progress):
+                    _write_chunk(work, plan, start, list(pool.map(plan.read, plan.ids[start:start + CHUNK])))
+            files = {m: {"file": f"{m}.npy", "sha256": file_hash(work/f"{m}.npy")} for m in plan.sets}
+            write_json({**_manifest(plan, _journal(work), files), **(more or {})}, work/MANIFEST)
+        _publish(work, out)
+    return open_store(out)
+
 # %% ../../nbs/data/03_packed.ipynb #d2a63278
 def pack(root,                       # folder of the features
          out,                        # folder of the store
@@ -339,19 +362,8 @@ def pack(root,                       # folder of the features
     check_choice(on_missing, ("error", "drop"), "on_missing")
     report = doctor(root, ids, workers=workers, sets=sets, progress=progress)
     plan, out = _plan(report, dtype, frames, on_missing, sets), Path(out)
-    work, n = _work_folder(out), len(plan.ids)
     if _check_out(out, plan.key, overwrite): return open_store(out)
-    with _writing(out), _locked(out):
-        if _check_out(out, plan.key, overwrite): return open_store(out)  # finished by another process
-        with ThreadPoolExecutor(_n_workers(workers)) as pool:
-            if not (is_store(work) and _key(work) == plan.key):
-                todo = range(_prepare(work, plan), n, CHUNK)
-                for start in track(todo, len(todo), "packing", progress):
-                    _write_chunk(work, plan, start, list(pool.map(plan.read, plan.ids[start:start + CHUNK])))
-                files = {m: {"file": f"{m}.npy", "sha256": file_hash(work/f"{m}.npy")} for m in plan.sets}
-                write_json(_manifest(plan, _journal(work), files), work/MANIFEST)
-            _publish(work, out)
-    return open_store(out)
+    return carry_out(plan, out, overwrite, workers, progress)
 
 # %% ../../nbs/data/03_packed.ipynb #f1769b5c
 def load_layout(root,                       # folder of the features

@@ -19,12 +19,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, check_choice, content_hash, file_hash, read_json, write_json
+from ..core import InputError, check_choice, content_hash
 from .clips import Clips, check_present, left_out
 from .features import (ON_MISSING, PROBLEMS, FeatureReport, FeatureSet, _fit, _n_workers,
-                                   _read_file, _writing, diagnose, track)
-from .packed import (CHUNK, MANIFEST, Store, _Plan, _check_out, _journal, _locked, _manifest,
-                                 _prepare, _publish, _work_folder, _write_chunk, is_store, open_store)
+                                   _read_file, diagnose, track)
+from .packed import Store, _Plan, carry_out
 from .unav100 import MAX_SECONDS, SUBSETS, _ID, Events, Unav, UnavSplit, _named, load_unav
 from ..limits import shown
 
@@ -204,20 +203,8 @@ def pack_unav(root,                       # folder that holds `av_features`
     "Read every feature file once into one store; continues where an interrupted call stopped"
     check_choice(dtype, ("float16", "float32"), "dtype")
     check_choice(on_missing, ON_MISSING, "on_missing")
-    plan, out = _unav_plan(root, annotations, dtype, on_missing, workers), Path(out)
-    work = _work_folder(out)
-    with _writing(out), _locked(out):
-        if _check_out(out, plan.key, overwrite): return open_store(out)
-        # stopped between its last byte and its name
-        if not (is_store(work) and read_json(work/MANIFEST).get("key") == plan.key):
-            todo = range(_prepare(work, plan), len(plan.ids), CHUNK)
-            with ThreadPoolExecutor(_n_workers(workers)) as pool:
-                for start in track(todo, len(todo), "packing"):
-                    _write_chunk(work, plan, start, list(pool.map(plan.read, plan.ids[start:start + CHUNK])))
-            files = {m: {"file": f"{m}.npy", "sha256": file_hash(work/f"{m}.npy")} for m in plan.sets}
-            write_json({**_manifest(plan, _journal(work), files), "lengths": plan.lengths}, work/MANIFEST)
-        _publish(work, out)
-    return open_store(out)
+    plan = _unav_plan(root, annotations, dtype, on_missing, workers)
+    return carry_out(plan, Path(out), overwrite, workers, more={"lengths": plan.lengths})
 
 # %% ../../nbs/data/11_unav_features.ipynb #0b08051a
 def _annotation_row(path, id_: str, error: InputError) -> tuple:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'PAPER', 'READINGS', 'PROTOCOLS', 'ANCHOR_LOSSES', 'OPTIONS', 'CMPAE_WEIGHTS',
            'RECIPE', 'RECIPE_BY_PROTOCOL', 'RULE', 'UNUSED', 'REFERENCE_UNUSED', 'ENTRY',
-           'SelfAttention', 'VisualProjection', 'ReferenceParts', 'Reference', 'Protocol',
-           'check_options', 'hand_over', 'attended', 'AnchorTerms', 'CoLeaFLoss', 'own_random',
-           'build_references', 'reference_log', 'ReferencesCB', 'anchor_labels', 'CoLeaFCB',
-           'anchor_base', 'build_coleaf', 'coleaf_keys', 'reference_keys', 'build_around',
-           'check_coleaf', 'reference_sizes', 'reference_layout', 'COOCCURRENCE', 'NCE',
-           'REFERENCE_LOSSES', 'ReferenceOutput', 'above', 'asymmetric', 'cooccurrence',
-           'cooccurrence_gap', 'event_contrast', 'event_shares', 'mixed_teacher', 'nce_official',
-           'nce_paper', 'pseudo_labels', 'reference_loss']
+           'SelfAttention', 'ReferenceParts', 'Reference', 'Protocol', 'check_options',
+           'hand_over', 'attended', 'AnchorTerms', 'CoLeaFLoss', 'own_random', 'build_references',
+           'reference_log', 'ReferencesCB', 'anchor_labels', 'CoLeaFCB', 'anchor_base',
+           'build_coleaf', 'coleaf_keys', 'reference_keys', 'build_around', 'check_coleaf',
+           'reference_sizes', 'reference_layout', 'COOCCURRENCE', 'NCE', 'REFERENCE_LOSSES',
+           'ReferenceOutput', 'above', 'asymmetric', 'cooccurrence', 'cooccurrence_gap',
+           'event_contrast', 'event_shares', 'mixed_teacher', 'nce_official', 'nce_paper',
+           'pseudo_labels', 'reference_loss']
 
 # %% ../../nbs/methods/12_coleaf.ipynb #52640745
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ from .coleaf_terms import (COOCCURRENCE, NCE, REFERENCE_LOSSES, ReferenceOutput,
                                           asymmetric, cooccurrence, cooccurrence_gap, event_contrast,
                                           event_shares, mixed_teacher, nce_official, nce_paper, pseudo_labels,
                                           reference_loss)
-from .han import key_pair, pooled_frames
+from .han import VisualProjection, key_pair, pooled_frames
 from .losses import bce
 from .method import Layout, Method, build_backbone, register
 from ..train.learner import Callback, check_terms, detached, epoch_seed, inputs
@@ -68,18 +68,6 @@ class SelfAttention(nn.Module):
                                            dropout_p=self.drop.p if self.training else 0.)
         x = self.norm1(x + self.drop(self.out(a)))
         return self.norm2(x + self.drop(self.ffn2(self.drop(F.relu(self.ffn1(x))))))
-
-# %% ../../nbs/methods/12_coleaf.ipynb #3be948f4
-class VisualProjection(nn.Module):
-    "Frames and motion of each second to `dim`, one affine map in three parts as in HAN"
-    def __init__(self, frame_dim: int, motion_dim: int, dim: int):
-        super().__init__()
-        self.frames, self.motion = nn.Linear(frame_dim, dim), nn.Linear(motion_dim, dim)
-        self.fusion = nn.Linear(2*dim, dim)
-
-    def forward(self, frames, motion):
-        "Frames (B,T,2048) and motion (B,T,512) to (B,T,D)"
-        return self.fusion(torch.cat([self.frames(frames), self.motion(motion)], -1))
 
 # %% ../../nbs/methods/12_coleaf.ipynb #443c4abc
 class ReferenceParts(nn.Module):

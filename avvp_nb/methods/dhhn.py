@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCALES', 'DEPTH', 'BY', 'RECIPE', 'RULE', 'RATES', 'PROTOCOLS', 'COUNTERS', 'UNUSED', 'OPTIONS',
            'LAYOUTS', 'ENTRY', 'TimeScales', 'stretched', 'uneven', 'ScaledStreams', 'HCMN',
-           'Picture', 'Taught', 'Teacher', 'DHHN', 'square', 'DHHNLoss', 'KeptByModality',
-           'ByModalityCB', 'dhhn_keys', 'teacher_keys', 'build_dhhn', 'check_dhhn', 'refining',
-           'refined_labels', 'of_one_length', 'teacher_sizes']
+           'Taught', 'Teacher', 'DHHN', 'square', 'DHHNLoss', 'KeptByModality', 'ByModalityCB',
+           'dhhn_keys', 'teacher_keys', 'build_dhhn', 'check_dhhn', 'refining', 'refined_labels',
+           'of_one_length', 'teacher_sizes']
 
 # %% ../../nbs/methods/18_dhhn.ipynb #1f6f23b9
 from copy import deepcopy
@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import MODALITIES, InputError, Parsing, check_choice
-from .han import (HybridAttention, Projections, TwoStreams, han_keys, han_sizes, key_pair,
-                                 pooled_frames)
+from .han import (HybridAttention, Projections, TwoStreams, VisualProjection, han_keys,
+                                 han_sizes, key_pair, pooled_frames)
 from .han import UNUSED as HAN_UNUSED
 from .losses import EPS, GuidedLoss, bce, without_removed
 from .ma import Refinement, refine
@@ -93,17 +93,6 @@ class HCMN(ScaledStreams):
         return replace(levels.map(lambda x: x.mean(0)), extra={"levels": levels.segments})
 
 # %% ../../nbs/methods/18_dhhn.ipynb #ab10c1ee
-class Picture(nn.Module):
-    "Frames and motion of each second to `dim`, as in HAN"
-    def __init__(self, frame_dim: int, motion_dim: int, dim: int):
-        super().__init__()
-        self.frames, self.motion = nn.Linear(frame_dim, dim), nn.Linear(motion_dim, dim)
-        self.fusion = nn.Linear(2*dim, dim)
-
-    def forward(self, frames, motion):
-        "Frames (B,T,2048) and motion (B,T,512) to (B,T,D)"
-        return self.fusion(torch.cat([self.frames(frames), self.motion(motion)], -1))
-
 class Taught(NamedTuple):
     "What a teacher says"
     probs: torch.Tensor      # (B,C) of the video, in its modality
@@ -126,7 +115,7 @@ class Teacher(nn.Module):
                              expected="a divisor of dim")
         layers, self.times = DEPTH[modality]
         audible = modality == "audio"
-        self.project = nn.Linear(audio_dim, dim) if audible else Picture(frame_dim, motion_dim, dim)
+        self.project = nn.Linear(audio_dim, dim) if audible else VisualProjection(frame_dim, motion_dim, dim)
         first = nn.TransformerEncoderLayer(dim, heads, dim, dropout, batch_first=True)
         self.encoder = nn.Sequential(first, *(deepcopy(first) for _ in range(layers - 1)))
         self.classify, self.temporal = nn.Linear(dim, classes), nn.Linear(dim, classes)

@@ -6,7 +6,8 @@
 __all__ = ['TEMPORAL', 'PROTOCOLS', 'UNUSED', 'RECIPE', 'LOSS', 'RULE', 'OPTIONS', 'LOSSES', 'NOISY',
            'ENTRY', 'PlainAttention', 'HybridMaps', 'merged_maps', 'merged_qkv', 'HybridAttention',
            'NoTemporalNet', 'GRULayer', 'TransformerLayer', 'pooled_frames', 'Projections',
-           'TwoStreams', 'HAN', 'key_pair', 'han_keys', 'build_han', 'check_han', 'han_sizes']
+           'VisualProjection', 'TwoStreams', 'HAN', 'key_pair', 'han_keys', 'build_han',
+           'check_han', 'han_sizes']
 
 # %% ../../nbs/methods/03_han.ipynb #cc82f30e
 from typing import Optional
@@ -160,6 +161,18 @@ class Projections(nn.Module):
         "Audio (B,T,128), frames (B,T|8T,2048), motion (B,T,512) to two arrays (B,T,D)"
         frames = self.frames(pooled_frames(frames, audio.shape[1]))
         return self.audio(audio), self.fusion(torch.cat([frames, self.motion(motion)], -1))
+
+# %% ../../nbs/methods/03_han.ipynb #74bb84a1
+class VisualProjection(nn.Module):
+    "Frames and motion of each second to `dim`, one affine map in three parts as in HAN"
+    def __init__(self, frame_dim: int, motion_dim: int, dim: int):
+        super().__init__()
+        self.frames, self.motion = nn.Linear(frame_dim, dim), nn.Linear(motion_dim, dim)
+        self.fusion = nn.Linear(2*dim, dim)
+
+    def forward(self, frames, motion):
+        "Frames (B,T,2048) and motion (B,T,512) to (B,T,D)"
+        return self.fusion(torch.cat([self.frames(frames), self.motion(motion)], -1))
 
 # %% ../../nbs/methods/03_han.ipynb #78f3dd22
 class TwoStreams(nn.Module):

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError, Parsing, check_choice
-from .han import pooled_frames
+from .han import VisualProjection, pooled_frames
 from .losses import bce
 from .method import Layout, Method, register, some
 from .sound_baselines import (EVERY, ClipLoss, OperatingPointCB, one_sided, own_sizes,
@@ -30,17 +30,11 @@ from ..metrics import RULES, evaluate
 from ..train.learner import Callback
 
 # %% ../../nbs/methods/14_picture_baselines.ipynb #2c18345b
-class Picture(nn.Module):
-    "Frames and motion as one feature of each second"
-    def __init__(self, frame_dim: int = 2048, motion_dim: int = 512, dim: int = 512):
-        super().__init__()
-        self.frames, self.motion = nn.Linear(frame_dim, dim), nn.Linear(motion_dim, dim)
-        self.fusion = nn.Linear(2*dim, dim)
-
+class Picture(VisualProjection):
+    "Frames, pooled or not, and motion as one feature of each second"
     def forward(self, frames, motion):   # (B,T,2048) or (B,8T,2048), (B,T,512)
         "(B,T,D)"
-        frames = self.frames(pooled_frames(frames, motion.shape[1]))
-        return self.fusion(torch.cat([frames, self.motion(motion)], -1))
+        return super().forward(pooled_frames(frames, motion.shape[1]), motion)
 
 # %% ../../nbs/methods/14_picture_baselines.ipynb #7fe78f11
 class Affine(nn.Module):
