@@ -10,7 +10,7 @@ import pytest
 
 from avvp_nb import cli, runs
 from avvp_nb.core import InputError, read_json
-from avvp_nb.data import sources
+from avvp_nb.data import packed, sources
 from avvp_nb.data import unav100 as U
 from avvp_nb.data import unav_features as UF
 from avvp_nb.data import unav_simulate as US
@@ -255,14 +255,14 @@ def test_a_pack_that_is_killed_continues(unav, shell, tmp_path, monkeypatch):
     "Wherever it stops, nothing is there, and the same command finishes without reading again what is packed"
     store, reads = tmp_path / "store", []
     args = ["pack", unav, store, "--annotations", unav, "--dataset", "unav100"]
-    monkeypatch.setattr(UF, "CHUNK", 4)
+    monkeypatch.setattr(packed, "CHUNK", 4)
     read = UF._UnavPlan.read
     monkeypatch.setattr(UF._UnavPlan, "read", lambda plan, video: reads.append(video) or read(plan, video))
     def stop(*a): raise KeyboardInterrupt
-    write = UF._write_chunk
-    monkeypatch.setattr(UF, "_write_chunk", lambda work, plan, start, videos: stop() if start == 8 else write(work, plan, start, videos))
+    write = packed._write_chunk
+    monkeypatch.setattr(packed, "_write_chunk", lambda work, plan, start, videos: stop() if start == 8 else write(work, plan, start, videos))
     assert shell(*args)[0] == 130 and not store.exists() and len(reads) == 12
-    monkeypatch.setattr(UF, "_write_chunk", write)
+    monkeypatch.setattr(packed, "_write_chunk", write)
     with monkeypatch.context() as m:
         m.setattr("avvp_nb.data.packed.os.rename", stop)        # between the last byte and the name
         assert shell(*args)[0] == 130 and not store.exists() and len(reads) == 12 + 5
