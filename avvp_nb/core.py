@@ -6,10 +6,10 @@
 __all__ = ['CLASSES', 'MODALITIES', 'PALETTE', 'CONTROL', 'MOST_DEPTH', 'MOST_JSON', 'HOW', 'printable',
            'cut', 'brief', 'InputError', 'did_you_mean', 'check_choice', 'check_same_classes',
            'atomic_write', 'to_plain', 'write_json', 'nested', 'parse_json', 'file_bytes',
-           'read_json', 'content_hash', 'file_hash', 'Parsing', 'check_number', 'check_type',
-           'check_unique', 'check_some', 'check_seeds', 'check_device', 'check_text', 'text_as',
-           'as_meant', 'check_parameter', 'ParameterCheck', 'output_folder', 'Output', 'asset',
-           'shared']
+           'read_json', 'content_hash', 'file_hash', 'Parsing', 'Located', 'check_number',
+           'check_type', 'check_unique', 'check_some', 'check_seeds', 'check_device', 'check_text',
+           'text_as', 'as_meant', 'check_parameter', 'ParameterCheck', 'output_folder', 'Output',
+           'asset', 'shared']
 
 # %% ../nbs/00_core.ipynb #9fa76ae8
 import difflib
@@ -211,12 +211,13 @@ class Parsing:
     extra: dict = field(default_factory=dict)    # what one loss or analysis needs, by name
 
     def arrays(self) -> dict:
-        "The four arrays by name"
+        "The arrays by name: these four, and those that a subclass adds"
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
 
     def map(self, f, keep_extra: bool = False):
-        "Apply `f` to each of the four arrays"
-        return Parsing(**{k: f(v) for k, v in self.arrays().items()}, extra=self.extra if keep_extra else {})
+        "Apply `f` to each of the arrays"
+        return type(self)(**{k: f(v) for k, v in self.arrays().items()},
+                          extra=self.extra if keep_extra else {})
 
     def __len__(self): return len(self.video)
     def __getitem__(self, i): return self.map(lambda x: x[i])
@@ -224,7 +225,7 @@ class Parsing:
         return f"Parsing({', '.join(f'{k}={tuple(v.shape)}' for k, v in self.arrays().items())})"
 
     def numpy(self, dtype=np.float32):
-        "The four arrays as NumPy arrays of `dtype`, detached and on the CPU"
+        "The arrays as NumPy arrays of `dtype`, detached and on the CPU"
         def f(x):
             if hasattr(x, "detach"): x = x.detach().to("cpu").float()
             return np.asarray(x, dtype=dtype)
@@ -235,6 +236,12 @@ class Parsing:
         "Join the parsings of several batches"
         parts = [p.numpy() for p in parts]
         return cls(**{k: np.concatenate([getattr(p, k) for p in parts]) for k in parts[0].arrays()})
+
+# %% ../nbs/00_core.ipynb #2ee0b9c5
+@dataclass
+class Located(Parsing):
+    "A `Parsing` with one distribution over the classes in each second, of both modalities together"
+    joint: object = None                         # (B,T,C)
 
 # %% ../nbs/00_core.ipynb #7e948d22
 HOW = {bool: "True or False", int: "a whole number such as 3", float: "a number such as 0.1",

@@ -43,6 +43,7 @@ from avvp_nb.data.cremad_files import (
     spectrogram,
     training_pictures,
 )
+from avvp_nb.data.cremad_task import one_second
 from avvp_nb.data.cremad_simulate import (
     CremadParams,
     ceilings,
@@ -330,12 +331,13 @@ def clips_of(n=4):
     return CremadClips(STEMS[:1] * n, rng.normal(size=(n, 5, 4)).astype(np.float32), rng.integers(0, 256, (n, 2, 3, 3, 3), np.uint8), np.arange(n) % 6)
 
 
-def test_flat_clips_hold_the_same_numbers():
+def test_clips_of_one_second_hold_the_same_numbers():
     clips = clips_of()
-    flat, batch = clips.flat(), clips.batch()
+    flat, batch = one_second(clips), clips.batch()
     np.testing.assert_array_equal(flat.audio.reshape(batch.spectrogram.shape), batch.spectrogram)
-    np.testing.assert_array_equal(flat.frames.reshape(batch.images.shape), batch.images)
-    assert flat.weak.argmax(1).tolist() == clips.label.tolist() and flat.classes == list(CREMAD_CLASSES)
+    np.testing.assert_array_equal(flat.frames.reshape(clips.pictures.shape), clips.pictures)
+    assert flat.frames.dtype == np.uint8 and flat.source["shapes"] == {"spectrogram": [5, 4], "pictures": [2, 3, 3, 3]}
+    assert flat.weak.argmax(1).tolist() == clips.label.tolist() and flat.classes == list(CREMAD_CLASSES) and flat.task == "classification"
 
 
 @pytest.mark.parametrize("k, x, says", [
@@ -363,7 +365,7 @@ def test_a_clip_depends_on_its_name_the_knobs_and_the_seed_alone():
 def test_everything_carries_the_mark(tmp_path):
     clips = simulate_cremad(STEMS, replace(P, loud_audio=2.))
     assert clips.mark == "simulated CREMA-D v1 seed=0 [loud_audio=2 rows=16 columns=12 side=12]"
-    assert clips.flat().mark == clips[1:].mark == clips.mark and clips.source["simulated"] is True
+    assert one_second(clips).mark == clips[1:].mark == clips.mark and clips.source["simulated"] is True
     root = write_cremad(tmp_path / "data", STEMS, P)
     assert load_cremad(root, STEMS, tmp_path / "cache", side=8).mark == cremad_mark(P)
     (root / "SOURCE.json").write_text(json.dumps({"simulated": False, "mark": cremad_mark(P)}))

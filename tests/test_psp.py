@@ -1,5 +1,4 @@
 """Parity of PSP's two networks, losses, loaders and score with the official code, and DGM's measures on it."""
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,6 @@ from avvp_nb.core import InputError, read_json, shared
 from avvp_nb.methods import psp
 from avvp_nb.methods.ave import AVELocaliser, Localised
 from avvp_nb.methods.dgm import coefficients, imbalance, modulate
-from avvp_nb.methods.method import METHODS
 from avvp_nb.train.lanes import why_not
 
 VARIANTS = ["", "_chirp", "_gain_chirp"]
@@ -28,13 +26,6 @@ class Batch(NamedTuple):
 
 
 SMALL = dict(classes=4, audio_dim=8, place_dim=8, places=4, dim=8, hidden=4)
-
-
-@pytest.fixture(autouse=True)
-def layouts(monkeypatch):
-    "PSP's layouts beside those of registered methods, as its entry will name them"
-    ave = METHODS["ave"]
-    monkeypatch.setitem(METHODS, "ave", replace(ave, official={**ave.official, **psp.LAYOUTS}))
 
 
 @pytest.fixture(scope="module")

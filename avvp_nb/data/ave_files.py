@@ -22,9 +22,9 @@ from ..core import InputError, check_choice, content_hash, file_hash, read_json,
 from .ave import (BACKGROUND, SECONDS, TARGETS, AVELabels, ave_defects, check_disjoint,
                               check_order, clip_targets, load_ave_labels, opened_h5, read_orders)
 from .clips import take
-from .features import _writing, track
+from .features import SOURCE_FILE, _writing, layout_source, track
 from .packed import MANIFEST, _locked, _open_array, _publish, _work_folder, is_store
-from .sim_files import check_space
+from .sim_files import check_mark, check_space
 
 # %% ../../nbs/data/14a_ave_files.ipynb #6a66df51
 class Kind(NamedTuple):
@@ -187,7 +187,8 @@ def open_ave(root,                 # folder of the h5 files, or what `pack_ave` 
     if (pair[0] is None) != (pair[1] is None) or pair[0] is not None and len(pair[0]) != len(pair[1]):
         raise InputError("sound and picture of background are not of the same clips", where=root,
                          expected="both files, with as many rows")
-    source = {"simulated": False, "mark": "", "dataset": "ave", "annotations": labels.fingerprint}
+    source = check_mark(layout_source(root), Path(root)/SOURCE_FILE)
+    source = {**source, "dataset": "ave", "annotations": labels.fingerprint}
     return AVEFiles(labels, got["audio"], got["regions"], None if pair[0] is None else tuple(pair),
                     got.get("target"), source)
 

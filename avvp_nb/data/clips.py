@@ -59,7 +59,8 @@ def _positions(idx, n: int) -> np.ndarray:
 def take(x, idx: np.ndarray):
     "Rows `idx` (checked positions) of an array or tensor, as the same kind of thing"
     if isinstance(x, torch.Tensor): return x.index_select(0, torch.from_numpy(idx).to(x.device))
-    return np.take(x, idx, axis=0) if x.flags.c_contiguous else x[idx]
+    in_order = isinstance(x, np.ndarray) and x.flags.c_contiguous
+    return np.take(x, idx, axis=0) if in_order else x[idx]
 
 # %% ../../nbs/data/05_clips.ipynb #c3a9e1f7
 class Gathered:
@@ -122,6 +123,7 @@ class Clips(Derived):
     labels: dict = field(default_factory=dict)  # extra (N,C) or (N,T,C) float32 label arrays, by name
     lengths: object = None         # (N,) int64 seconds of each video; None: all have T
     classes: object = None         # C names; None: LLP's
+    task: str = "parsing"          # what is asked of them, see `tasks.TASKS`
 
     def __post_init__(self):
         if self.rows is None: self.rows = np.arange(len(self.ids))

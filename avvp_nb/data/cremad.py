@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from ..core import InputError, asset, brief, check_choice, content_hash, read_json
-from .clips import Clips, take
+from .clips import take
 from ..limits import reason, text_of
 
 # %% ../../nbs/data/16_cremad.ipynb #d6516897
@@ -216,10 +216,6 @@ class CremadClips:
         arrays = part.spectrogram, as_images(part.pictures), part.label
         return CremadBatch(*(torch.tensor(np.asarray(x)).to(device) for x in arrays))
 
-    def flat(self) -> Clips:
-        "The same clips as videos of one second, for the loop"
-        return _flat(self)
-
 # %% ../../nbs/data/16_cremad.ipynb #a552f202
 def _chosen(clips: CremadClips, idx) -> CremadClips:
     "See `CremadClips.__getitem__`"
@@ -228,11 +224,3 @@ def _chosen(clips: CremadClips, idx) -> CremadClips:
     source = {**clips.source, "fingerprint": content_hash([clips.source.get("fingerprint"), at])}
     return replace(clips, ids=[clips.ids[i] for i in at], source=source,
                    **{k: take(getattr(clips, k), at) for k in ("spectrogram", "pictures", "label")})
-
-def _flat(clips: CremadClips) -> Clips:
-    "See `CremadClips.flat`"
-    n, images = len(clips), as_images(clips.pictures)
-    weak = np.eye(len(clips.classes), dtype=np.float32)[np.asarray(clips.label)]
-    return Clips(list(clips.ids), np.asarray(clips.spectrogram, np.float32).reshape(n, 1, -1),
-                 images.reshape(n, 1, -1), np.zeros((n, 1, 1), np.float32), weak, source=dict(clips.source),
-                 classes=list(clips.classes))

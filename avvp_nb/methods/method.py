@@ -54,6 +54,8 @@ class Method(About):
     by_protocol: dict = field(default_factory=dict)          # protocol: option defaults that it changes
     by_scale: dict = field(default_factory=dict)             # scale: option defaults that it changes
     recipe_by_protocol: dict = field(default_factory=dict)   # protocol: parts of the recipe that it changes
+    recipe_by_scale: dict = field(default_factory=dict)      # scale: the same; stronger than the scale itself
+    task: str = "parsing"                   # what it answers, see `tasks.TASKS`
     frames: str = "pooled"                  # of each second: the mean of its frames, or ("full") all of them
     first: Callable = lambda spec: []       # specs of the runs that must come first
     product: Optional[Callable] = None      # (plain, their models, training clips) -> has `save(path)`
@@ -102,5 +104,7 @@ def build_backbone(plain: dict, sizes: dict, product=None) -> tuple:
 # %% ../../nbs/methods/00_method.ipynb #fef6ce2d
 def network_sizes(clips) -> dict:
     "Class count and feature widths of a network for these clips"
+    shapes = clips.source.get("shapes")        # how to read rows that are spectrograms or pictures
     return {"classes": clips.weak.shape[1], "audio_dim": clips.audio.shape[2],
-            "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2]}
+            "frame_dim": clips.frames.shape[2], "motion_dim": clips.motion.shape[2],
+            **({"shapes": shapes} if shapes else {})}

@@ -6,12 +6,13 @@
 __all__ = ['ROOMS', 'METHODS']
 
 # %% ../../nbs/methods/90_zoo.ipynb #ef6aa279
-from . import (ave, cmpae, coleaf, cvcms, deep, dgm, dhhn, han, jomold, ma, mgn, mm_pyramid,
-                             noisy, picture_baselines, sound_baselines, uwav, valor, valor_plus)
+from . import (ave, cmpae, coleaf, cvcms, deep, dgm, dhhn, han, jomold, localisers, ma, mgn,
+                             mm_pyramid, noisy, ogm, picture_baselines, sound_baselines, uwav, valor,
+                             valor_plus)
 from .method import METHODS
 
 # %% ../../nbs/methods/90_zoo.ipynb #b9a2ccd0
 _all_ = [METHODS]
 # where the entries come from
 ROOMS = (han, ma, jomold, cmpae, coleaf, valor, dgm, sound_baselines, picture_baselines, ave, mm_pyramid,
-         noisy, dhhn, mgn, cvcms, valor_plus, deep, uwav)
+         noisy, dhhn, mgn, cvcms, valor_plus, deep, uwav, localisers, ogm)

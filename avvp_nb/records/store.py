@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'KINDS', 'WORDS', 'KEY', 'ABSENT', 'not_writable', 'run_lock', 'Paths', 'Folder',
-           'is_number', 'is_kind', 'part_of', 'kind_fault', 'key_fault', 'level_fault',
-           'score_fault', 'epoch_fault', 'history_fault', 'check_whole', 'whole_record',
-           'bare_record', 'Predictions', 'Store', 'as_store', 'product_name']
+           'is_number', 'is_kind', 'part_of', 'kind_fault', 'key_fault', 'levels_of',
+           'level_fault', 'score_fault', 'epoch_fault', 'history_fault', 'check_whole',
+           'whole_record', 'bare_record', 'Predictions', 'Store', 'as_store', 'product_name']
 
 # %% ../../nbs/records/01_store.ipynb #ed4021eb
 import math
@@ -27,6 +27,7 @@ from ..counts import LEVELS
 from ..data.sim_labels import SPLITS
 from ..limits import read_npz, shown
 from .spec import FORMAT
+from ..tasks import TASKS
 
 # %% ../../nbs/records/01_store.ipynb #fecc6816
 def not_writable(path, error) -> InputError:
@@ -147,9 +148,13 @@ def key_fault(record) -> str:
     return "" if mark.isprintable() else f"data.mark is '{shown(mark, 40)}', which cannot be printed"
 
 # %% ../../nbs/records/01_store.ipynb #5bd253bd
-def level_fault(scores, at: str, empty: bool = False) -> str:
-    "Which score of the two levels is no number; `empty`: it may be missing"
-    for l in LEVELS:
+def levels_of(record) -> tuple:
+    "The levels of the scores of a record: those of its task"
+    return tuple(TASKS[record.get("task", "parsing")].metrics)
+
+def level_fault(scores, at: str, empty: bool = False, levels=LEVELS) -> str:
+    "Which score of these levels is no number; `empty`: it may be missing"
+    for l in levels:
         row = scores.get(l) if isinstance(scores, Mapping) else None
         if not isinstance(row, Mapping): return f"{at}.{l} is {shown(repr(row), 40)}, not a dictionary"
         for m, x in row.items():
@@ -159,6 +164,8 @@ def level_fault(scores, at: str, empty: bool = False) -> str:
 
 def score_fault(record, whole: bool = True) -> str:
     "Which score of a record is no number; empty if none"
+    if record.get("task", "parsing") not in list(TASKS):
+        return f"task is {shown(repr(record['task']), 40)}, which is unknown"
     parts = [(f"{k}.{n}", x, False) for k in ("metrics", "floors") for n, x in record.get(k, {}).items()]
     for n, x in record.get("selected", {}).items():
         if not isinstance(x, Mapping) or not isinstance(x.get("rule"), str):
@@ -168,7 +175,7 @@ def score_fault(record, whole: bool = True) -> str:
         for n, x in record.get(k, {}).items():
             if not isinstance(x, Mapping): return f"{k}.{shown(n, 20)} is not a dictionary"
             parts += [(f"{k}.{n}.{t}", y, True) for t, y in x.items()]
-    faults = (level_fault(x, shown(at), empty) for at, x, empty in parts)
+    faults = (level_fault(x, shown(at), empty, levels_of(record)) for at, x, empty in parts)
     if whole and record["rule"] not in record["metrics"]:
         return f"metrics has none for {shown(record['rule'], 40)!r}"
     return next(filter(None, faults), "")

@@ -12,7 +12,7 @@ from ..core import MODALITIES, PALETTE, InputError
 from ..methods.dgm import DGMNet
 from ..methods.han import HAN
 from .diagram import Arrow, Block, block_diagram, measuring_pass, network_facts, size_text
-from .plots import curve, drawing, finish, key_above
+from .plots import curve, drawing, finish, key_above, line_styles
 
 # %% ../../nbs/results/08_figures_dgm.ipynb #105f9428
 def correct_class_score(parsing, weak) -> tuple:  # (audio, visual)
@@ -29,11 +29,11 @@ def score_curves(records) -> dict:  # "audio" and "visual": (seeds, epochs)
 # %% ../../nbs/results/08_figures_dgm.ipynb #bd8f6964
 def plot_scores(curves: dict,     # name to {"audio": (epochs,) or (seeds, epochs), "visual": ...}
                 mark: str = ""):
-    "DGM, Fig. 1: mean probability of the correct classes by epoch and modality; a line style each"
+    "DGM, Fig. 1: mean probability of the correct classes by epoch and modality; the baseline is dashed"
     if not 0 < len(curves) < 4:
         raise InputError(f"{len(curves)} experiments", where="plot_scores", expected="one to three")
     curves = {n: {m: np.atleast_2d(c[m]) for m in MODALITIES} for n, c in curves.items()}
-    styles = dict(zip(curves, ("-", "--", ":")))
+    styles = line_styles(curves)
     with drawing() as plt:
         fig, ax = plt.subplots(figsize=(5.6, 3), layout="constrained")
         for n, ls in styles.items():

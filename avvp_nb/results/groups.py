@@ -7,11 +7,12 @@ __all__ = ['INVENTED', 'NEEDED', 'SELECTED', 'EARLY', 'invented_record', 'check_
            'scale_of', 'mark_of', 'marked_as', 'with_average', 'selected_state', 'has_selected',
            'scored_under', 'rule_name', 'scores', 'flatten', 'flat_spec', 'run_name',
            'auto_labels', 'check_repeats', 'group', 'dataset_of', 'tested_on', 'check_comparable',
-           'versions_of', 'versions_note', 'lost_videos', 'missing_notes', 'provenance',
-           'provenance_notes']
+           'seeds_text', 'setting', 'versions_of', 'versions_note', 'lost_videos', 'missing_notes',
+           'provenance', 'provenance_notes']
 
 # %% ../../nbs/results/01_groups.ipynb #4e79e870
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..records.store import check_whole
 from .reported import AVG, method_name
 
 # %% ../../nbs/results/01_groups.ipynb #89f4defe
-INVENTED = "simulated: invented numbers"   # the mark of records whose numbers nobody measured
+INVENTED = "invented numbers"   # the mark of records whose numbers nobody measured
 
 def _invented_scores(rng, audio, visual, gain) -> dict:
     "Metric to percent, around `audio` and `visual`"
@@ -83,10 +84,10 @@ def check_record(record: Mapping) -> Mapping:
                                  expected="a run record as `avvp_nb.run` writes it")
     check_whole(record, key, NEEDED)
     simulated, mark = record["data"]["simulated"], record["data"]["mark"]
-    if bool(simulated) == ("simulated" in mark): return record
+    if bool(simulated) == sum(w in mark for w in ("simulated", "invented")): return record
     raise InputError(f"its data are{'' if simulated else ' not'} simulated, yet its mark is {mark!r}",
-                     where=key,
-                     expected="the word 'simulated' in the mark of simulated data and only there",
+                     where=key, expected="either 'simulated' or 'invented' in the mark, and in that of real "
+                                         "data neither",
                      fix="simulated and printed numbers never share a table without that mark")
 
 def checked(records) -> list:
@@ -107,8 +108,8 @@ def mark_of(records) -> str:
     return "; ".join(sorted({r["data"]["mark"] for r in records} - {""}))
 
 def marked_as(mark: str) -> str:
-    "The word for a mark in a row: `simulated`, `simulated (invented)`, or nothing when all is real"
-    return "" if not mark else "simulated (invented)" if INVENTED in mark else "simulated"
+    "The word for a mark in a row: `simulated`, `invented` (if any is), or nothing when all is real"
+    return "" if not mark else "invented" if "invented" in mark else "simulated"
 
 def with_average(cells: dict) -> dict:
     "Add the mean of the ten standard numbers when all ten are there"
@@ -153,7 +154,7 @@ def scores(record,
            ) -> dict:      # (level, metric) to percent
     "Scores of one run under one decision rule"
     found = scored_under(record, rule)
-    return with_average({(l, m): float(v) for l in LEVELS for m, v in found[l].items()})
+    return with_average({(l, m): float(v) for l, row in found.items() for m, v in row.items()})
 
 # %% ../../nbs/results/01_groups.ipynb #fe8d364b
 def flatten(d: Mapping, prefix: str = "") -> dict:
@@ -229,6 +230,19 @@ def check_comparable(records):
                              expected="one scale and one kind of data",
                              fix="make a table for each, or pass mixed=True to show them side by side")
 
+# %% ../../nbs/results/01_groups.ipynb #1faea86a
+def seeds_text(numbers) -> str:
+    "How many seeds stand behind something, of one or more experiments: `3 seeds`, `1 to 3 seeds`"
+    n = sorted(set(numbers))
+    return f"{'' if len(n) == 1 else f'{n[0]} to '}{n[-1]} seed{'s'*(n[-1] != 1)}"
+
+def setting(records) -> str:
+    "Mark of the data, scale, and seeds of each experiment"
+    records = checked(records)
+    seeds = Counter(content_hash(flat_spec(r)) for r in records).values()
+    scales = ", ".join(dict.fromkeys(map(scale_of, records)))
+    return " · ".join([*(mark_of(records) or "real features").split("; "), scales, seeds_text(seeds)])
+
 # %% ../../nbs/results/01_groups.ipynb #3fd5391d
 def versions_of(records) -> list:
     "The versions of this library that the records were made with, as far as they say so"
@@ -268,7 +282,7 @@ def provenance(records,     # run records behind a table or figure
     more = {"versions": versions if len(versions) > 1 else [], "missing": missing_notes(lost_videos(records))}
     return {"runs": [r["key"] for r in records], "seeds": unique(lambda r: r["spec"].get("seed", 0)),
             "scale": unique(scale_of), "mark": mark_of(records),
-            "simulated": any(r["data"]["simulated"] for r in records),
+            "simulated": "simulated" in mark_of(records),
             "commit": unique(lambda r: str(r.get("commit") or "unknown")),
             "notebook": params.pop("notebook", None), "parameters": params,
             **{k: v for k, v in more.items() if v}}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEEDS', 'CONTROLS', 'EXTRA', 'default_seeds', 'row_labels', 'PlanRow', 'Plan', 'as_data',
            'data_for', 'plan_row', 'plan', 'depth', 'with_first', 'all_specs', 'load_records',
-           'by_experiment', 'collect', 'render_notes', 'recorded', 'title', 'render', 'draw',
-           'data_kind', 'table_stem']
+           'by_experiment', 'collect', 'render_notes', 'recorded', 'title', 'render', 'accuracies',
+           'draw', 'data_kind', 'table_stem']
 
 # %% ../../nbs/results/13_plans.ipynb #8e693a14
 from dataclasses import dataclass
@@ -15,9 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import InputError, check_choice, check_seeds, content_hash
-from ..data.sources import SCALES, DataSpec, dataset_title, identify, load_data
+from ..data.sources import DATASETS, SCALES, DataSpec, dataset_title, identify, load_data
 from ..records.spec import RunSpec, describe
 from ..records.store import as_store
+from .accuracies import accuracy_table
 from .compare import compare, doubts, printed_rows
 from .groups import SELECTED, check_comparable, checked, has_selected
 from .rates import rates_table
@@ -104,7 +105,7 @@ def data_for(dataset: str, data=DataSpec()) -> DataSpec:
 # %% ../../nbs/results/13_plans.ipynb #5c4f4021
 def plan_row(label: str, method: str, variant: str, scale: str, seeds, data: DataSpec) -> PlanRow:
     "One row of a plan"
-    system = system_of(method, variant)
+    system = system_of(method, variant, data.dataset)
     if system is None: return PlanRow(label, method, variant, (), PRINTED_ONLY[method])
     read = tuple(system.read[k] for k in ("event", "context") if k in system.read)
     return PlanRow(label, method, variant, tuple(system.spec(s, scale, data) for s in seeds),
@@ -222,10 +223,20 @@ def render(plan: Plan,     # of one table of F-scores
     return table
 
 # %% ../../nbs/results/13_plans.ipynb #e36707de
+def accuracies(plan: Plan, records, **params) -> Table:
+    "A table of accuracies, see `accuracies`"
+    found = recorded(plan, records)
+    table = accuracy_table(found, {r.label: plan.printed(r) for r in plan.rows},
+                           caption=title(plan, "accuracy in %"), paper=plan.paper, table=plan.table,
+                           wanted_seeds=list(plan.seeds), **params)
+    table.notes += render_notes(plan, found)
+    return table
+
 def draw(plan: Plan, records,
          store,              # a `Store`, or its folder, with the probabilities for a table of rates
          **params) -> Table:
-    "A table of F-scores (`render`) or of rates"
+    "A table of F-scores (`render`), of accuracies or of rates"
+    if DATASETS[plan.data.dataset].task != "parsing": return accuracies(plan, records, **params)
     if (plan.paper, plan.table) not in RATES: return render(plan, records, **params)
     runs, store = next(iter(recorded(plan, records).values())), as_store(store)
     clips = load_data(plan.data, plan.scale, store.root/"cache")["test"]

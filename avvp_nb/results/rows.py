@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 
 from ..core import InputError, check_choice, content_hash
 from ..counts import METRICS
-from ..data.sources import DataSpec
+from ..data.sources import DATASETS, DataSpec
 from ..methods.zoo import METHODS
 from ..records.spec import RunSpec
 from .groups import SELECTED
 
 # %% ../../nbs/results/12_rows.ipynb #f5a442bb
-TABLES = {"han": ("1", "2"), "ma": ("1", "2", "3", "4"), "dgm": ("I", "IV", "V", "VI", "VII"),
+TABLES = {"han": ("1", "2"), "ma": ("1", "2", "3", "4"), "dgm": ("I", "II", "III", "IV", "V", "VI", "VII"),
           "coleaf": tuple("12345678")}
-DATASET = {("coleaf", "8"): "unav100"}            # tables that are not about LLP
+# tables that are not about LLP
+DATASET = {("coleaf", "8"): "unav100", ("dgm", "II"): "cremad", ("dgm", "III"): "ave"}
 RATES = (("coleaf", "1"),)                        # tables of rates instead of F-scores
 SHOWN = {**{("coleaf", t): ("Ao", "Vo", "AV") for t in "2345"}, **{("coleaf", t): METRICS for t in "67"},
          ("coleaf", "8"): ("AV",)}
@@ -67,9 +68,10 @@ class System:
 
 PRINTED_ONLY = {}   # id of a printed row that no entry stands for: why
 
-def row_of() -> dict:
-    "Id of `reported.csv` to (our method, options), as the entries of all methods say"
-    return {row: (name, options) for name, m in METHODS.items() for row, options in m.rows.items()}
+def row_of(task: str = "parsing") -> dict:   # of `tasks.TASKS`
+    "Id of `reported.csv` to (our method, options), as the entries of all methods for this task say"
+    return {row: (name, options) for name, m in METHODS.items() if m.task == task
+            for row, options in m.rows.items()}
 
 # %% ../../nbs/results/12_rows.ipynb #100f0bf0
 _LOSS = {"wsl": "wsl", "g": "guided", "wsl+g": "both"}
@@ -110,11 +112,12 @@ def variant_read(variant: str) -> dict:
 
 def system_of(method: str,        # id of `reported.csv`
               variant: str = "",  # its variant
+              dataset: str = "llp",
               ):                  # a `System`, or None when it is printed only
     "The experiment behind a printed row; `InputError` for an id that is neither mapped nor printed only"
     if method in PRINTED_ONLY: return None
-    name, _, on = method.partition("@")
-    known = row_of()
+    known = row_of(DATASETS[check_choice(dataset, DATASETS, "dataset")].task)
+    name, _, on = (method, "", "") if method in known else method.partition("@")
     ours, options = known[check_choice(name, known, "method")]
     backbone = on or next(iter(METHODS[ours].backbones), None)     # what a row that names nothing is put on
     return System(ours, {**options, **variant_options(variant)}, backbone,

@@ -20,9 +20,9 @@ from ..core import PALETTE, InputError, check_choice
 from ..counts import LEVELS, ONLY, STANDARD
 from ..metrics import RULES, llp_floors
 from .compare import (compare, faith_notes, mean_sd, our_row, own_part, printed_rows,
-                                     runs_note, simulated_note)
+                                     reduced_notes, runs_note, simulated_note)
 from .groups import (SELECTED, check_comparable, checked, group, has_selected, mark_of,
-                                    provenance, scale_of, scores)
+                                    marked_as, provenance, scale_of, scores)
 from .plans import Plan, by_experiment, recorded, render, title
 from .plots import drawing, finish
 from .reported import NAMES, method_name, reported
@@ -64,7 +64,8 @@ def cross_table(records,           # records or a dictionary of label to records
         rows.append(Row(name, f"{row.source}; own rule {rs[0]['rule']}", "ours", mean, sd, info=row.info))
     return Table(rows, "Methods × decision rules, F-scores in %",
                  [(" ".join(k), rule) for k in metrics for rule in rules],
-                 simulated_note(mark_of(every), False) + runs_note(rows) + faith_notes(rows),
+                 simulated_note(mark_of(every), False) + runs_note(rows) + faith_notes(rows)
+                 + reduced_notes(every),
                  provenance=provenance(every, metrics=[list(k) for k in metrics], rules=list(rules),
                                        **params))
 
@@ -111,7 +112,7 @@ def rule_share(ours,             # records of one method
         mean, sd = mean_sd([split_gain(*p, key, common) for p in pairs])
         own = mean["", "gain"]
         mean["", "rule, % of gain"] = 100*mean["", "rule"]/own if abs(own) >= MEANINGFUL else float("nan")
-        rows.append(Row(f"{name} {' '.join(key)}".strip(), "simulated" if mark else "", "difference", mean,
+        rows.append(Row(f"{name} {' '.join(key)}".strip(), marked_as(mark), "difference", mean,
                         sd, info=info))
     caption = f"How much of the gain is the decision rule? {len(pairs)} seed{'s'*(len(pairs) > 1)}, points"
     notes = simulated_note(mark, False) + [f"Runs: {', '.join(info['runs'])}."]
@@ -182,7 +183,8 @@ def selection_effect(records,                # records, or a dictionary of label
                      for f in frames for e in (picked_epoch(f, s),)]
             mean, sd = mean_sd(cells)
             rows.append(Row(name, f"{own.source}; by {s}", "", mean, sd, info=own.info))
-    notes = simulated_note(mark_of(every), False) + faith_notes(rows) + [ONLY_VALIDATION]
+    notes = (simulated_note(mark_of(every), False) + faith_notes(rows) + reduced_notes(every)
+             + [ONLY_VALIDATION])
     return Table(rows, "What each selection metric would have kept", notes=notes,
                  provenance=provenance(every, selectors=list(selectors), **params))
 
@@ -243,12 +245,14 @@ def only_table(records,                    # records or a dictionary of label to
         own = our_row(name, rs, rule)
         rows += [Row(name, f"{own.source}; {what}", "ours", *mean_sd([only_values(r, t, rule) for r in rs]),
                      info=own.info) for t, what in TREATED.items()]
-    rows += [Row(f, f"no model, {'simulated, ' if mark else ''}{scale_of(every[0])}; {what}", "floor",
+    source = ", ".join(filter(None, ["no model", marked_as(mark), scale_of(every[0])]))
+    rows += [Row(f, f"{source}; {what}", "floor",
                  only_floor(every[0], f, t), info={"mark": mark})
              for f in floors for t, what in TREATED.items()]
     return Table(rows, "Audible-only and visible-only F-scores in %, as published and corrected",
                  [(l, m) for l in LEVELS for m in ("Ao", "Vo", "AV", "Type@AVo", "Event@AVo")],
-                 simulated_note(mark, False) + runs_note(rows[::len(TREATED)]) + faith_notes(rows),
+                 simulated_note(mark, False) + runs_note(rows[::len(TREATED)]) + faith_notes(rows)
+                 + reduced_notes(every),
                  provenance(every, rule=rule, **params))
 
 # %% ../../nbs/results/14_rules.ipynb #6060d9e6
@@ -303,7 +307,7 @@ def ranking(records,                       # records or a dictionary of label to
             pairs = swapped_pairs(value["one"], value[t])
             cells |= {(TREATED[t], "Kendall τ"): kendall(value["one"], value[t]),
                       (TREATED[t], "change places"): "; ".join(" and ".join(p) for p in pairs) or "none"}
-        rows.append(Row(" ".join(reversed(key)), "simulated" if mark else "", "", cells,
+        rows.append(Row(" ".join(reversed(key)), marked_as(mark), "", cells,
                         info={"mark": mark, "scale": scale_of(every[0])}, digits=2))
     return Table(rows, "What the treatment of videos without an event does to the ranking",
                  notes=simulated_note(mark, False) + [f"Seeds: {max(map(len, groups.values()))}."],

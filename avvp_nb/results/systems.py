@@ -30,8 +30,8 @@ STAGES = ("jomold_estimator",)                                    # entries that
 TAUGHT = ("valor", "valor_plus", "valor_plus_plus", "uwav")       # that learn from pseudo-labels
 
 def system_names() -> list:
-    "Names of all systems, by year, in the order of registration within a year; unknown years last"
-    names = [n for n in METHODS if n not in STAGES]
+    "Systems for LLP by year, in the order of registration within a year; unknown years last"
+    names = [n for n, m in METHODS.items() if n not in STAGES and m.task == "parsing"]
     return sorted(names, key=lambda n: METHODS[n].year or 9999)
 
 def system_spec(name: str, **kw) -> RunSpec:

@@ -28,12 +28,13 @@ from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
 from ..metrics import RULES
 from ..records.provenance import commit_and_why, hardware, versions
-from ..records.scores import (corrected_only, floor_scores, has_truth, pack_probabilities, passes_of,
+from ..records.scores import (floor_scores, has_truth, pack_probabilities, passes_of,
                                     score, with_selected)
 from ..records.spec import FORMAT, RunSpec, describe, run_key
 from ..records.store import Store, as_store, product_name
 from ..records.weights import class_names, load_weights, save_weights
 from ..surroundings import at_home
+from ..tasks import task_of
 from ..train.callbacks import CheckpointCB, ProgressCB, ScoreCB, ValidateCB
 from ..train.learner import Learner, check_precision, pick_device, predict_both, resident, using
 from ..train.threads import fit
@@ -107,7 +108,7 @@ def learner_of(spec: RunSpec, data: Data, checkpoint, signature: str, product=No
     if spec.labels: clips, loss = label_clips(clips, spec.data.pseudo_labels), DenseLoss(loss)
     r, rule = spec.recipe(), spec.plain()["rule"]
     keep = ValidateCB(data["val"], rule, r.pop("select"))
-    if RULES[rule].fuse is not None and has_truth(data["val"]):
+    if METHODS[spec.method].task == "parsing" and RULES[rule].fuse is not None and has_truth(data["val"]):
         callbacks = [*callbacks, ThresholdsCB(data["val"], rule)]
     callbacks = [*callbacks, ScoreCB(), keep, ProgressCB(progress), CheckpointCB(checkpoint, signature)]
     learner = kind(model, clips, loss, **r, seed=spec.seed, device=device, precision=spec.precision,
@@ -134,6 +135,7 @@ def make_record(key: str, spec: RunSpec, data: Data, learner, keep, first=()) ->
             "wall_time": round(sum(h["seconds"] for h in learner.history), 1),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "rule": plain["rule"],
             "selection": {"metric": keep.select, "epoch": keep.best_epoch}, "history": learner.history,
+            **({} if spec.task == "parsing" else {"task": spec.task}),
             "data": {"simulated": bool(origin.source.get("simulated")), "mark": origin.mark,
                      "identity": data.identity, "source": source,
                      "n": {k: len(v) for k, v in data.items()},
@@ -143,7 +145,7 @@ def make_record(key: str, spec: RunSpec, data: Data, learner, keep, first=()) ->
 def selected_by(model, history, val, rule: str) -> dict:
     "{state: thresholds}: what epochs have searched, and, where there is truth, those of the kept weights"
     found = {h["thresholds"]["state"]: h["thresholds"] for h in history if "thresholds" in h}
-    if has_truth(val):
+    if has_truth(val) and rule in RULES:
         thresholds = search_thresholds(model, val, rule).thresholds.tolist()
         found["kept"] = {"rule": rule, "modality": "visual", "thresholds": thresholds}
     return found
@@ -154,7 +156,7 @@ def finish(store: Store, record: dict, test, model, val=None) -> dict:
     path = store.probability_path(key)
     packed = pack_probabilities(*predict_both(model, test), ids=test.ids, classes=class_names(test))
     full, without = passes_of(packed)
-    record |= corrected_only(full, without, test)
+    record |= task_of(test).more(full, without, test)
     searched = selected_by(model, record["history"], val, record["rule"])
     record["selected"] = {state: with_selected(found, full, without, test)
                           for state, found in searched.items()}
