@@ -28,6 +28,11 @@ def of(row, seeds=(1, 2), **kw):
     return [record_of(W.system_of(row).spec(s, "tiny"), noise=1.0, **kw) for s in seeds]
 
 
+def real(records):
+    "The same numbers as if they had been measured on real features, where differences to printed ones are shown"
+    return [r | {"data": r["data"] | {"simulated": False, "mark": ""}} for r in records]
+
+
 def note(faith): return [NOTE[faith]] if faith in NOTE else []
 
 
@@ -81,7 +86,7 @@ def test_a_footnote_stands_only_under_its_sign_and_once(rows, wanted):
 
 
 def test_printed_rows_differences_and_floors_have_no_sign():
-    table = C.compare({"AVSDN": of("avsdn")}, {"AVSDN": reported("han", 1, "avsdn")})
+    table = C.compare({"AVSDN": real(of("avsdn"))}, {"AVSDN": reported("han", 1, "avsdn")})
     by = {kind: {r.source for r in table.rows if r.kind == kind} for kind in ("ours", "printed", "difference", "floor")}
     assert all(by.values()) and [kind for kind, found in by.items() if any("§" in s for s in found)] == ["ours"]
 
@@ -165,7 +170,7 @@ def test_a_system_of_one_modality_has_scores_of_that_one_only(row):
     cells = scores(records[0])
     assert {k[1] for k in cells} == {*METRICS, AVG[1]}, "the record holds all of them"
     assert C.own_part(records[0], cells) == {(lv, m): cells[lv, m] for lv in LEVELS}
-    table = C.compare({"x": records}, {"x": printed})
+    table = C.compare({"x": real(records)}, {"x": printed})
     own, ref, diff = (table.row("x", k) for k in ("ours", "printed", "difference"))
     assert set(own.mean) == set(own.sd) == set(ref.mean) == set(diff.mean) == {(lv, m) for lv in LEVELS}
     for lv in LEVELS:
@@ -214,7 +219,7 @@ def test_tables_of_rules_leave_out_what_a_system_does_not_parse():
 @pytest.mark.parametrize("paper, table", [("han", "1"), ("ma", "1"), ("dgm", "I"), ("coleaf", "6")])
 def test_tables_with_baselines_have_signs_notes_and_empty_cells(paper, table):
     plan = P.plan(paper, table, "tiny", (1,))
-    t = P.render(plan, [record_of(s) for s in plan.specs])
+    t = P.render(plan, real(record_of(s) for s in plan.specs))
     used, labels = {r.label: METHODS[r.specs[0].method] for r in plan.rows}, [r.label for r in plan.rows]
     assert [r.source.split(",")[0] for r in t.rows if r.kind == "ours"] == ["ours" + C.SIGNS[used[n].faith] for n in labels]
     assert notes_of(t) == [NOTE[k] for k in NOTE if k in {m.faith for m in used.values()}] and len(notes_of(t)) > 0
@@ -284,3 +289,33 @@ def test_only_a_control_can_be_recorded():
 def test_other_tables_have_printed_rows_only(paper, table):
     plan = P.plan(paper, table, seeds=(1,))
     assert not any(plan.printed(r).empty for r in plan.rows)
+
+
+# ---------------------------------------------------------------- notes below cross-tables, stacked levels
+
+def test_networks_that_are_smaller_are_named_below_every_table_of_rules():
+    from avvp_nb.results.compare import reduced_notes
+    records = of("mm_pyramid", (1,))
+    wanted = reduced_notes(records)
+    assert wanted and wanted[0].startswith("MM-Pyramid at tiny: ")
+    for table in (C.rules_table(records), L.cross_table({"MM-Pyramid": records}), L.only_table({"MM-Pyramid": records}),
+                  L.selection_effect({"MM-Pyramid": records}), C.compare({"MM-Pyramid": records})):
+        assert wanted[0] in table.notes, table.caption
+    assert not [n for n in C.rules_table(of("han")).notes if "instead of" in n]
+
+
+def test_stacked_levels_hold_the_same_numbers():
+    table = C.compare({"HAN": of("han"), "TALNet": of("talnet")}, {"HAN": reported("dgm", "VII", "han")})
+    tall = C.stacked(table)
+    assert len(tall) == 2 * len(table) and len(tall.columns) == len(STANDARD) + 1 and tall.provenance == table.provenance
+    for r in table.rows:
+        for lv in LEVELS:
+            line = next(x for x in tall.rows if x.name == r.name and x.kind == r.kind and x.source == f"{lv}, {r.source}")
+            assert {m: line.mean[k] for k in line.mean if (m := k[1]) != "mean"} == {m: v for (l, m), v in r.mean.items() if l == lv and m in STANDARD}
+            if AVG in r.mean: assert line.mean["", "mean"] == pytest.approx(np.mean([r.mean[lv, m] for m in STANDARD]))
+    assert C.stacked(tall) is tall, "a table without levels stays as it is"
+
+
+def test_ours_minus_printed_needs_real_features():
+    for records, kinds in ((of("han"), ["ours", "printed"]), (real(of("han")), ["ours", "printed", "difference"])):
+        assert [r.kind for r in C.compare({"HAN": records}, {"HAN": reported("dgm", "VII", "han")}, floors=False).rows] == kinds

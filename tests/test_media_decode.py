@@ -439,6 +439,33 @@ def test_parts_are_the_whole(made):
         read_media(path, start=30)
 
 
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_parts_of_the_real_video(real, length):
+    "Key frames at 0, 39 and 289 of 300, with frames that are stored in another order than shown"
+    whole, parts = read_media(real, size=48), list(media_parts(real, length, size=48))
+    assert sum(p.seconds for p in parts) == 10 and all(p.facts["damaged"] == {} for p in parts)
+    assert np.array_equal(np.concatenate([p.pictures for p in parts]), whole.pictures)
+    np.testing.assert_allclose(np.concatenate([p.times for p in parts]), whole.times, atol=1e-9)
+    np.testing.assert_allclose(np.concatenate([p.waveform for p in parts]), whole.waveform, atol=1e-5)
+
+
+@pytest.mark.parametrize("seconds,expected", [(4.1, [2, 2]), (4.2, [2, 2]), (4.5, [2, 2, 1]), (4, [2, 2])])
+def test_a_tail_is_no_part(made, seconds, expected):
+    "What is left behind the last part does not count when it does not count in the whole"
+    path = made(f"tail{seconds}.mp4", seconds=seconds, fps=10, sound=False)
+    parts = list(media_parts(path, 2, size=24))
+    assert [p.seconds for p in parts] == expected and sum(expected) == read_media(path).seconds
+    assert [p.facts["more"] for p in parts] == [True] * (len(expected) - 1) + [False]
+
+
+def test_what_lies_before_a_part_is_not_decoded(made, monkeypatch):
+    path, seen = made("groups.mp4", seconds=27, fps=10, rate=16_000), []
+    plain = container.decoded
+    monkeypatch.setattr(decode, "decoded", lambda p, bad: seen.append(p.stream.type) or plain(p, bad))
+    read_media(path, start=20, length=2, size=24)
+    assert seen.count("video") < 70                           # of 270: mpeg4 has a key frame every 12
+
+
 def test_options(made):
     path = made("whole.mp4")
     for kw, said in [(dict(frames="gird"), "did you mean 'grid'"), (dict(size=0), "size: 0"), (dict(size=10**6), "size: 1000000"),

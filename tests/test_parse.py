@@ -43,7 +43,7 @@ class Toy(Backend):
         return np.repeat(light[:, None], 3, 1), np.stack([seconds]*2, 1), np.stack([0*seconds, seconds, 0*seconds], 1)
 
 
-def read(path, frames="grid", allow_damaged=False):
+def read(path, **options):
     "A file is a JSON list: seconds, loud ones, bright ones, missing track or none"
     path = Path(path)
     if not path.exists(): raise InputError("E_NOT_FOUND: no such file", where=path)
@@ -252,6 +252,41 @@ def test_again_is_kept_until_something_changes(tmp_path):
     (tmp_path/"o/a.csv").unlink(); assert [status(threshold=.5), status(threshold=.5)] == ["done", "before"]
 
 
+class Counting(Toy):
+    asked = 0
+    def sound(self, x): Counting.asked += 1; return super().sound(x)
+
+
+def test_new_thresholds_ask_no_network_again(tmp_path):
+    v, Counting.asked = video(tmp_path/"a.mp4", 12, [1, 2, 5], [3]), 0
+    def run(**settings): return P.parse_file(v, tmp_path/"o", backend=Counting(), read=read, **settings)
+    run(); run(threshold=.81); fast = tree(tmp_path/"o"); assert Counting.asked == 1
+    run(threshold=.81, force=True); assert Counting.asked == 2 and tree(tmp_path/"o") == fast
+    (tmp_path/"o/a.npz").write_bytes(b"no archive"); run(threshold=.5); assert Counting.asked == 3
+    run(threshold=.4, frames="official"); assert Counting.asked == 4                   # other pictures
+    video(v, 12, [1]); run(threshold=.6); assert Counting.asked == 5                   # another file
+
+
+@pytest.mark.parametrize("total", (601, 1200, 1201))
+def test_long_files_come_in_parts(tmp_path, total):
+    "As one piece and in parts: the same timeline, and no part is in memory when the next one comes"
+    v, alive = video(tmp_path/"a.mp4"), []
+    def piece(start, N, more):
+        wave = np.repeat(np.float32((np.arange(start, start + N) % 7 == 0)*.8), RATE)
+        light = np.repeat(np.uint8((np.arange(start, start + N) % 5 == 0)*200), FPS)[:, None, None, None]
+        return Media(v, {"more": more}, N, np.broadcast_to(light, (N*FPS, 6, 8, 3)), None, wave, [("W_X", "x")])
+    def whole(path, **options): return piece(0, total, False)
+    def parts(path, length=None, start=0, **options):
+        if length is None: raise InputError("E_TOO_LONG: too long", where=path)
+        assert all(m.waveform is None and m.pictures is None for m in alive)
+        alive.append(piece(start, min(length, total - start), start + length < total))
+        return alive[-1]
+    for name, f in (("whole", whole), ("parts", parts)): P.parse_file(v, tmp_path/name, backend=Toy(), read=f)
+    assert tree(tmp_path/"whole")["a.npz"] == tree(tmp_path/"parts")["a.npz"] and len(alive) == -(-total // 600)
+    assert [told(tmp_path/n/"a.json")["events"] for n in ("whole", "parts")][0] and told(tmp_path/"parts/a.json")["warnings"] == ["W_X: x"]
+    assert tree(tmp_path/"whole")["a.html"].count(b"<img") == tree(tmp_path/"parts")["a.html"].count(b"<img")
+
+
 def test_a_damaged_manifest_costs_only_time(tmp_path):
     a, b = video(tmp_path/"a.mp4"), video(tmp_path/"b.mp4")
     parse([a, b], tmp_path/"o")
@@ -301,6 +336,19 @@ def test_killed_and_continued_gives_the_same(tmp_path, after):
 def tree_names(folder): return [p.name for p in folder.iterdir()]
 
 
+def test_the_next_file_is_read_ahead(tmp_path):
+    "While the networks are at work, the next file is decoded; one that fails there fails alone"
+    for i in range(4): video(tmp_path/f"in/{i}.mp4", missing="crash" if i == 2 else None)
+    at_work, overlaps = [], []
+    class Slow(Toy):
+        def sound(self, x):
+            at_work.append(1); time.sleep(.3); at_work.clear()
+            return super().sound(x)
+    def noted(path, **options): time.sleep(.1); overlaps.append(bool(at_work)); return read(path)
+    done = P.parse_files([tmp_path/"in"], tmp_path/"o", Slow(), read=noted, progress=False)
+    assert [p.status for p in done] == ["done", "done", "failed", "done"] and sum(overlaps) >= 1 and len(overlaps) == 4
+
+
 # a trained network
 
 def weights(folder, name="net.safetensors", sizes=SIZES, method="han", seed=0, **header):
@@ -318,7 +366,8 @@ def test_a_network_decides_as_its_rule_says(tmp_path, method):
     media = read(video(tmp_path/"a.mp4", 10, [1, 2, 5], [3, 4]))
     p = R.Parser(Toy(), model=path)
     t = R.parse_media(p, media)
-    clips = R.as_windows(R.observe(p.of, media), [0], p.of, 3)
+    clips = R.as_windows(R.observe(p.of, media), [0], p.of, p.net)
+    assert (clips.frames.shape[1] == 80) == (method == "cmpae")           # CMPAE looks at all eight pictures of a second
     passes = predict_both(p.net.model, clips)
     for a, b in zip((t.on_heard, t.on_seen), RULES[p.net.rule].decide(*passes)): assert (a == b[0]).all()
     assert t.about["model"]["method"] == method and t.classes == tuple(NAMES)
@@ -327,9 +376,10 @@ def test_a_network_decides_as_its_rule_says(tmp_path, method):
 def test_windows_against_the_sum_written_out(tmp_path):
     p = R.Parser(Toy(), model=weights(tmp_path), stride=4)
     media = read(video(tmp_path/"a.mp4", 17, [1, 2, 9, 13], [3, 4, 14]))
-    said, _ = R.net_seconds(p.net, media, p.of, 4)
+    said, _ = R.net_seconds(p.net, R.look_at(p.of, [media]), p.of, 4)
+    media = read(tmp_path/"a.mp4")
     first = [0, 4, 7]
-    each = predict_both(p.net.model, R.as_windows(R.observe(p.of, media), first, p.of, 3))[0]
+    each = predict_both(p.net.model, R.as_windows(R.observe(p.of, media), first, p.of, p.net))[0]
     for t in range(17):
         inside = [(j, t - s) for j, s in enumerate(first) if 0 <= t - s < 10]
         w = [min(k + 1, 10 - k) for _, k in inside]
@@ -360,6 +410,22 @@ def test_networks_that_do_not_fit(tmp_path, change, said):
 def test_a_simulated_network_says_so(tmp_path):
     parse([video(tmp_path/"a.mp4")], tmp_path/"o", model=weights(tmp_path, mark="simulated LLP"))
     assert told(tmp_path/"o/a.json")["model"]["mark"] == "simulated LLP" and "simulated LLP" in (tmp_path/"o/a.html").read_text()
+
+
+def test_a_released_checkpoint(tmp_path, monkeypatch):
+    "The authors' tensors under the authors' names, fed with features of the papers' widths"
+    from avvp_nb.methods.official import to_official
+    class Wide(Toy):
+        audio_dim, frame_dim, motion_dim = 128, 2048, 512
+        def sound(self, x): return np.zeros((len(x)//RATE, 128)), None
+        def pictures(self, x): return np.zeros((len(x), 2048)), np.zeros((len(x)//FPS, 512)), None
+    torch.save(to_official(METHODS["han"].official["han"].build()), tmp_path/"han.pt")
+    v = video(tmp_path/"a.mp4", 12)
+    P.parse_file(v, tmp_path/"o", backend=Wide(), read=read, model=tmp_path/"han.pt", official="han")
+    j = told(tmp_path/"o/a.json")
+    assert j["model"]["released"] and j["model"]["rule"] == "han" and j["classes"] == list(CLASSES)
+    with pytest.raises(InputError, match="--backend paper"): parse([v], tmp_path/"o", model=tmp_path/"han.pt", official="han")
+    with pytest.raises(InputError, match="E_WEIGHTS"): P.parse_file(v, tmp_path/"o", model=tmp_path/"han.pt", official="han")
 
 
 def test_llp_is_meant_where_25_classes_have_no_names(tmp_path):
@@ -396,3 +462,23 @@ def test_real_files_that_are_none(real, tmp_path):
     shutil.copy(next(real[1].glob("*.json")), tmp_path/"cut.mp4")
     done = P.parse_files([tmp_path], tmp_path/"o", Toy(), progress=False)
     assert [p.status for p in done] == ["failed"]*3 and all("\n" not in str(p.error) for p in done) and tree(tmp_path/"o") == {}
+
+
+def test_real_files_of_many_kinds(tmp_path):
+    "Through the real decoder in its child process: with and without tracks, odd sizes and rates, a name in another script"
+    pytest.importorskip("av")
+    from avvp_nb.media.container import sample_video
+    folder = tmp_path/"in"
+    folder.mkdir()
+    for name, how in {"whole": {}, "mute": {"sound": False}, "blind": {"pictures": False}, "odd": {"size": (50, 38), "fps": 7, "rate": 8000},
+                      "видео 猫": {"seconds": 12.2, "layout": "mono"}, "turned": {"turn": 90}}.items():
+        sample_video(folder/f"{name}.mp4", **how)
+    (folder/"cut.mp4").write_bytes((folder/"whole.mp4").read_bytes()[:-3000])
+    done = {p.path.stem: p for p in P.parse_files([folder], tmp_path/"o", Toy(), progress=False)}
+    assert {k for k, p in done.items() if p.error} == {"cut"} and "E_NOT_MEDIA" in str(done["cut"].error)
+    j = {k: told(p.files[0]) for k, p in done.items() if not p.error}
+    assert {k: len(v["seconds"]) for k, v in j.items()} == {"whole": 2, "mute": 2, "blind": 2, "odd": 2, "видео 猫": 12, "turned": 2}
+    assert [w[:10] for w in j["mute"]["warnings"]] == ["W_NO_AUDIO", "W_SHORT: 2"] and j["mute"]["missing"] == ["audio"]
+    assert j["blind"]["missing"] == ["visual"] and "W_NO_VIDEO" in j["blind"]["warnings"][0]
+    assert j["odd"]["media"]["tracks"] == ["mpeg4 50 × 38, 7 pictures a second", "aac 8,000 Hz, stereo"]
+    assert sorted(tree(tmp_path/"o")) == sorted(f"{k}.{x}" for k in j for x in P.USUAL)

@@ -209,8 +209,9 @@ def test_real_runs_are_not_called_simulated():
 
 # ---------------------------------------------------------------- compare
 
-def test_differences_are_taken_before_rounding(dgm):
-    table = C.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han"))
+def test_differences_are_taken_before_rounding_of_real_features_only(dgm):
+    assert not [r for r in C.compare(dgm, R.reported("dgm", "VII", "dgm+msdu@han")).rows if r.kind == "difference"]
+    table = C.compare([toy_record(s, simulated=False) for s in (1, 2)], R.reported("dgm", "VII", "dgm+msdu@han"))
     own, printed, diff = table.rows[:3]
     assert (own.kind, printed.kind, diff.kind) == ("ours", "printed", "difference")
     for k in table.columns: assert diff.mean[k] == pytest.approx(own.mean[k] - printed.mean[k])
@@ -219,11 +220,10 @@ def test_differences_are_taken_before_rounding(dgm):
 
 def test_printed_rows_are_paired_by_label_or_name(dgm, han):
     table = C.compare({"a": han, "b": dgm}, {"b": R.reported("dgm", "VI", variant="gamma=0.3")}, floors=False)
-    assert [(r.name, r.kind) for r in table.rows] == [("a", "ours"), ("b", "ours"), ("b", "printed"),
-                                                      ("b", "difference")]
+    assert [(r.name, r.kind) for r in table.rows] == [("a", "ours"), ("b", "ours"), ("b", "printed")]
     table = C.compare(han + dgm, R.reported("dgm", "VII"), floors=False)
-    assert [r.kind for r in table.rows] == ["ours", "printed", "difference"] * 2 + ["printed"] * 2
-    assert [r.name for r in table.rows[1:5:3]] == ["HAN", "DGM+MSDU on HAN"]
+    assert [r.kind for r in table.rows] == ["ours", "printed"] * 2 + ["printed"] * 2
+    assert [r.name for r in table.rows[1:4:2]] == ["HAN", "DGM+MSDU on HAN"]
     with pytest.raises(InputError, match="reported_rows: 'c' is not possible"):
         C.compare({"a": han}, {"c": R.reported("dgm", "VII", "han")})
     with pytest.raises(InputError, match="as `reported` returns it"): C.compare(han, pd.DataFrame({"A": [1.0]}))
@@ -264,7 +264,7 @@ def test_stack_keeps_floors_once_and_last(dgm):
     parts = [C.compare({f"γ={g}": toy_record(gamma=g)}, {f"γ={g}": R.reported("dgm", "VI", variant=f"gamma={g}")},
                        gamma=g) for g in (0.1, 0.2, 0.3)]
     table = C.stack(parts, "VI")
-    assert [r.kind for r in table.rows] == ["ours", "printed", "difference"] * 3 + ["floor"] * 3
+    assert [r.kind for r in table.rows] == ["ours", "printed"] * 3 + ["floor"] * 3
     assert len(table.provenance["runs"]) == 3 and table.provenance["mark"] == MARK
     assert table.provenance["parts"][1]["gamma"] == 0.2
     with pytest.raises(InputError, match="no tables"): C.stack([])

@@ -119,20 +119,19 @@ def projection(bundle: Bundle, recipe: Recipe, cache, progress: bool = False) ->
     return read_npz(path)
 
 # %% ../../nbs/data/18a_signals_features.ipynb #dc9d4340
-def _looked(bundle: Bundle, file: str, pictures: str) -> np.ndarray:
-    "(3,2,D) float16: features of both ends of each view"
-    x = view_pictures(bundle, file)
-    flat = x.reshape(-1, *x.shape[2:])
+def _looked(bundle: Bundle, files, pictures: str) -> np.ndarray:
+    "(n,3,2,D) float16: features of both ends of each view of n pictures"
+    x = np.array([view_pictures(bundle, f) for f in files])                       # (n,3,2,256,256,3)
+    flat = x.reshape(-1, *x.shape[3:])
     rows = thumbnails(flat) if pictures == "thumbnail" else _eye().look(flat)[0]
-    return rows.reshape(3, 2, -1).astype("f2")
+    return rows.reshape(*x.shape[:3], -1).astype("f2")
 
 def picture_parts(bundle: Bundle, pictures: str, cache, progress: bool = False) -> dict:   # file: (3,2,D)
     "Features of every picture of a bundle"
     files = [x.file for x in bundle.items if x.modality == "visual"]
     net = "" if pictures == "thumbnail" else EYE
     key = content_hash([VERSION, FEATURES_VERSION, bundle.fingerprint, net])
-    def make(numbers): return {"rows": np.array([_looked(bundle, files[i], pictures) for i in numbers
-                                                 if i < len(files)])}
+    def make(numbers): return {"rows": _looked(bundle, files[numbers[0]:numbers[-1] + 1], pictures)}
     parts = _parts(Path(cache)/f"signals-{key}", pictures, len(files), make, progress)
     return dict(zip(files, _joined(parts, len(files))["rows"]))
 

@@ -15,35 +15,39 @@ import numpy as np
 from ..core import InputError, check_choice
 from .extras import optional
 
-# %% ../../nbs/media/01_sound.ipynb #e1cd6fe4
+# %% ../../nbs/media/01_sound.ipynb #69c8964a
 JITTER = .05   # seconds that a block may come late before zeros are put in front of it
 
 class Placement:
     "Blocks of sound on one time axis: `add(seconds, block)` in order, then `samples()`"
     def __init__(self, rate: int,         # samples a second
                  longest: float = 7200.,  # seconds; what lies behind them is refused
+                 skip: int = 0,           # samples at the beginning that are placed and not kept
                  ):
-        self.rate, self.longest, self.blocks, self.n, self.filled = rate, longest, [], 0, 0
+        self.rate, self.longest, self.skip = rate, longest, skip
+        self.blocks, self.n, self.filled, self.begun = [], 0, 0, False
 
     def add(self, at: float, block):   # seconds from the beginning of the file, (C, n)
         "Join a block to those so far; raises `InputError` beyond the longest time"
-        if not self.blocks and at < 0: at, block = max(at, 0), block[:, round(-at*self.rate):]
+        if not self.begun and at < 0: at, block = 0, block[:, round(-at*self.rate):]
         if not block.shape[1]: return
-        late = at - self.n/self.rate
         end = max(at, self.n/self.rate)
         if end > self.longest:
             raise InputError(f"sound at {end:,.0f} s", expected=f"{self.longest:g} s at most")
-        if late > (JITTER if self.blocks else 0):
-            self._put(np.zeros((len(block), round(late*self.rate)), "f4"))
-        self.filled += block.shape[1]
-        self._put(block)
+        late = at - self.n/self.rate
+        if late > (JITTER if self.begun else 0): self._put(None, round(late*self.rate), len(block))
+        self._put(block, block.shape[1], len(block))
+        self.begun, self.filled = True, self.filled + block.shape[1]
 
-    def _put(self, block):
-        self.blocks.append(block)
-        self.n += block.shape[1]
+    def _put(self, block, n: int, channels: int):
+        "The next n samples; None: zeros"
+        drop = min(n, max(0, self.skip - self.n))
+        self.n += n
+        rest = np.zeros((channels, n - drop), "f4") if block is None else block[:, drop:]
+        if n > drop: self.blocks.append(rest)
 
     def samples(self):   # -> (C, n) float32, or None
-        "All of it in one array; None without a block"
+        "All of it in one array, without what is skipped; None without a block"
         return np.concatenate(self.blocks, 1) if self.blocks else None
 
 # %% ../../nbs/media/01_sound.ipynb #5a20ba40

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -246,14 +247,15 @@ class Predictions(Folder):
     def probabilities(self, record: dict, without: bool = False) -> Parsing:
         "Stored test probabilities; `without` gives those of the pass without cross-attention"
         stem, arrays = "without_" if without else "", self.stored(record)
-        found = {k: arrays.get(stem + k) for k in ("video", "audio", "visual", "segments")}
+        kind = TASKS[record.get("task", "parsing")].result
+        found = {f.name: arrays.get(stem + f.name) for f in fields(kind) if f.name != "extra"}
         for k, x in found.items():
             if x is None or x.dtype.kind != "f" or not x.ndim or len(x) != len(found["video"]):
                 what = "is missing" if x is None else f"has the wrong kind or shape ({x.dtype}, {x.shape})"
                 raise InputError(f"{stem + k} in it {what}", where=self.probability_path(record["key"]),
                                  expected="probabilities of all test videos",
                                  fix="delete the record and run again")
-        return Parsing(**{k: x.astype(np.float32) for k, x in found.items()})
+        return kind(**{k: x.astype(np.float32) for k, x in found.items()})
 
     def names(self, record: dict) -> tuple:
         "(ids of the test videos, names of the classes); None where they are not stored"

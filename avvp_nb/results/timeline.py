@@ -96,7 +96,7 @@ def timeline(file,                     # path or name of the media file
     about = {"cannot_see": [], "cannot_hear": [], "warnings": [], **about}
     return Timeline(Path(file).name, tuple(map(str, classes)), *arrays, *decided, backend, gates or {}, about)
 
-# %% ../../nbs/results/24_timeline.ipynb #07f55f4f
+# %% ../../nbs/results/24_timeline.ipynb #8f40e328
 def lanes(t: Timeline) -> dict:
     "Lane to (probabilities, decisions), each (N,C): heard, seen, and both at once"
     return {"audio": (t.heard, t.on_heard), "visual": (t.seen, t.on_seen),
@@ -105,11 +105,12 @@ def lanes(t: Timeline) -> dict:
 def timeline_events(t: Timeline) -> list:
     "Events as dictionaries, by onset, lane and class; seconds from the beginning of the file"
     rows, length = [], t.about.get("media", {}).get("duration_s") or t.seconds
+    last = length if t.seconds - 1 < length < t.seconds else t.seconds
     for k, (p, on) in lanes(t).items():
         grid = on[None].astype(np.uint8)
         for r in events_of(grid, grid, ["video"], t.classes).tables["audio"].itertuples():
             run = p[r.onset:r.offset, r.label]
-            end = min(r.offset, max(length, r.onset)) if r.offset == t.seconds else r.offset
+            end = last if r.offset == t.seconds else r.offset
             rows.append({"class": r.event_labels, "class_index": int(r.label), "modality": k,
                          "onset_s": int(r.onset), "offset_s": int(end) if end == int(end) else round(end, 3),
                          "confidence": round(float(run.mean()), 4), "peak": round(float(run.max()), 4)})

@@ -7,8 +7,8 @@ __all__ = ['BEST', 'USUAL', 'KINDS', 'driver', 'code_hash', 'machine', 'slug', '
            'product_rate', 'copy_rate', 'precisions', 'ceilings', 'tensor_bytes', 'written',
            'Counter', 'bench_spec', 'with_random_seconds', 'bench_learner', 'step_cost', 'start',
            'start_stack', 'operations', 'training_rate', 'against', 'kind_of', 'profile_step',
-           'measured_kind', 'kind_seconds', 'missing', 'run_seconds', 'estimate_seconds',
-           'in_time', 'announce']
+           'measured_kind', 'example_clips', 'kind_seconds', 'missing', 'run_seconds',
+           'estimate_seconds', 'in_time', 'announce']
 
 # %% ../../nbs/runs/06_measure.ipynb #62c255fb
 import math
@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import time
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..core import InputError, content_hash, file_hash
 from ..data.clips import Clips, random_clips
-from ..data.sources import SCALES, identify
+from ..data.sources import DATASETS, SCALES, identify
 from ..methods.losses import DenseLoss
 from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
@@ -176,10 +177,13 @@ class Counter(TorchDispatchMode):
 # %% ../../nbs/runs/06_measure.ipynb #5cec9a33
 USUAL = RunSpec().method   # what is measured unless another method is named
 
-def bench_spec(method: str, options=None, backbone=None, seed: int = 1, precision: str = "fp32") -> RunSpec:
+def bench_spec(method: str, options=None, backbone=None, seed: int = 1, precision: str = "fp32",
+               like=None,           # a spec whose data, scale and protocol are meant
+               ) -> RunSpec:
     "The spec of a method; with pseudo-labels where it has no use for weak ones alone"
+    same = {} if like is None else dict(data=like.data, scale=like.scale, protocol=like.protocol)
     def spec(labels):
-        return RunSpec(method, options or {}, backbone, seed=seed, precision=precision, labels=labels)
+        return RunSpec(method, options or {}, backbone, seed=seed, precision=precision, labels=labels, **same)
     try: return spec(None)
     except InputError: return spec(LABELS[0])
 
@@ -194,14 +198,15 @@ def with_random_seconds(clips) -> Clips:
 def bench_learner(clips, method: str = USUAL, precision: str = "fp32", device="cpu", batch_size: int = 16,
                   dim: int = None,             # of the network; None: its own
                   callbacks=(), options: dict = None, backbone: str = None, seed: int = 1,
-                  learner=Learner, **kwargs) -> Learner:
+                  learner=Learner, like=None, **kwargs) -> Learner:   # see `bench_spec`
     "A `Learner` as a run of this method has it, on clips that lie on the device"
-    spec = bench_spec(method, options, backbone, seed, precision)
+    spec = bench_spec(method, options, backbone, seed, precision, like)
     torch.manual_seed(seed)
     sizes = {**network_sizes(clips), **({"dim": dim} if dim else {})}
     model, loss, own = METHODS[method].build(spec.plain(), sizes, None)
     if spec.labels: clips, loss = with_random_seconds(clips), DenseLoss(loss)
     here = torch.device(device).type == "cpu" or isinstance(clips.audio, torch.Tensor)
+    if "optimizer" in spec.recipe(): kwargs["optimizer"] = spec.recipe()["optimizer"]
     return learner(model, clips if here else clips.to(device), loss, batch_size=batch_size, epochs=1,
                    seed=seed, device=str(device), precision=spec.precision, callbacks=[*own, *callbacks],
                    **kwargs)
@@ -296,13 +301,22 @@ def measured_kind(spec: RunSpec) -> str:
     return content_hash([p["method"], p["backbone"], p["options"], p["precision"], p.get("labels"),
                          spec.data.dataset, p["recipe"]["batch_size"]])
 
+def example_clips(spec: RunSpec, n: int, cache=None):
+    "Clips to time steps on: random numbers, or the first ones of a data set that asks something else"
+    if spec.task == "parsing": return random_clips(n, frames=spec.base.frames)
+    _, *found = identify(spec.data, cache)
+    clips = DATASETS[spec.data.dataset].clips(spec.data, "train", n, *found, cache)
+    return spec.base.prepare(spec.base_plain, None, clips)[:n]
+
 def kind_seconds(spec: RunSpec, device="cpu", steps: int = 3, now=time.perf_counter, **kwargs) -> tuple:
     "Seconds of one training step of a spec (median of a few), and of parsing one video"
     size, device, seconds = spec.recipe()["batch_size"], pick_device(str(device)), []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        clips = kwargs.pop("clips", None) or random_clips(size, frames=spec.base.frames)
-        one = bench_learner(clips, spec.method, spec.precision, device, size,
-                            options=spec.full_options, backbone=spec.backbone, **kwargs)
+        clips = kwargs.pop("clips", None) or example_clips(spec, size, kwargs.pop("cache", None))
+        like = None if spec.task == "parsing" else spec
+        kwargs.pop("cache", None)
+        one = bench_learner(clips, spec.method, spec.precision, device, size, options=spec.full_options,
+                            backbone=spec.backbone, like=like, **kwargs)
         start(one)
         for _ in range(steps + 1):
             wait(device); t = now()
@@ -339,10 +353,13 @@ def in_time(seconds: float) -> str:
         if seconds >= 1.5*size: return f"{seconds/size:.{int(seconds < 10*size)}f} {name}s"
     return f"{max(1, math.ceil(seconds))} second{'s'*(seconds > 1)}"
 
-def announce(specs, store, device="auto", estimate=estimate_seconds) -> str:
+def announce(specs, store, device="auto",
+             estimate=None,   # f(specs, device) -> seconds; None: `estimate_seconds`
+             ) -> str:
     "How long the runs that are missing in the store will take here, in one line"
     todo, here = missing(specs, store), pick_device(str(device))
     if not todo: return "All runs are recorded: nothing to train."
     name = f"this {here.type.upper()}, {torch.get_num_threads()} threads, as busy as it is now"
+    estimate = estimate or partial(estimate_seconds, cache=as_store(store).root/"cache")
     took = in_time(estimate(todo, here))
     return f"Training {len(todo)} run{'s'*(len(todo) > 1)} will take about {took} (measured on {name})."

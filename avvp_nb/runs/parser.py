@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN', 'WIDTHS', 'KINDS', 'WIDTH', 'OUTLINE', 'THRESHOLD', 'STRANGE', 'Net', 'check_fit',
            'net_classes', 'as_net', 'load_net', 'load_released', 'Look', 'small_pictures',
-           'outline_of', 'filled', 'together', 'look_at', 'as_windows', 'net_seconds',
+           'outline_of', 'filled', 'together', 'facts_of', 'look_at', 'as_windows', 'net_seconds',
            'track_lines', 'media_facts', 'Parser', 'config', 'parse_look', 'parse_media']
 
 # %% ../../nbs/runs/10a_parser.ipynb #dac81054
@@ -107,8 +107,8 @@ def load_released(path,             # checkpoint of a paper's authors
     model = load_official(path, method)
     return as_net(model, CLASSES, rule, own.frames, method, path, released="by the authors of its paper")
 
-# %% ../../nbs/runs/10a_parser.ipynb #116a510c
-WIDTH = 160           # most pixels of a picture that is kept
+# %% ../../nbs/runs/10a_parser.ipynb #7580060b
+WIDTH = 240           # most pixels of a picture that is kept
 OUTLINE = RATE//24    # samples that a lowest and a highest one stand for
 
 @dataclass
@@ -118,14 +118,16 @@ class Look:
     seconds: int
     observed: Observed         # of at least ten seconds where a network is to be fed
     pictures: object           # (N,h,w,3) uint8, a small one for each second; None without a track
-    waveform: object           # (48N,) lowest and highest sample of each 24th of a second; None without a track
+    waveform: object           # (48N,) lowest and highest sample of each 24th of a second; or None
     facts: dict
     warnings: list             # (code, text)
 
 def small_pictures(pictures) -> np.ndarray:     # (8N,H,W,3) -> (N,h,w,3)
-    "The middle picture of each second, by leaving out rows and columns"
-    step = -(-max(pictures.shape[1:3])//WIDTH)
-    return pictures[FPS//2::FPS, ::step, ::step].copy()
+    "The middle picture of each second, a pixel the mean of a square of them"
+    x = pictures[FPS//2::FPS]
+    k = min(-(-max(x.shape[1:3])//WIDTH), *x.shape[1:3])
+    h, w = x.shape[1]//k, x.shape[2]//k
+    return np.stack([y[:h*k, :w*k].reshape(h, k, w, k, 3).mean((1, 3)).astype(np.uint8) for y in x])
 
 def outline_of(waveform) -> np.ndarray:         # (16000N,) -> (48N,)
     "Lowest and highest sample of each 24th of a second, one after the other"
@@ -133,7 +135,7 @@ def outline_of(waveform) -> np.ndarray:         # (16000N,) -> (48N,)
     cut = np.linspace(0, RATE, 25).astype(int)[:-1]
     return np.stack([f.reduceat(x, cut, axis=1) for f in (np.minimum, np.maximum)], -1).reshape(-1)
 
-# %% ../../nbs/runs/10a_parser.ipynb #3b001774
+# %% ../../nbs/runs/10a_parser.ipynb #230ee0d8
 def filled(media):
     "The same file with at least ten seconds: the last picture repeated, silence behind the sound"
     if media.seconds >= LENGTH: return media
@@ -146,24 +148,31 @@ def together(parts) -> object:
     "Arrays of parts one behind the other; None where a part has none"
     return None if not parts or any(x is None for x in parts) else np.concatenate(parts)
 
+def facts_of(parts: list) -> dict:
+    "What is known of a file from what is known of its parts: what each counts for itself is left out"
+    first = {k: v for k, v in parts[0].items() if k != "more"}
+    if len(parts) == 1: return first
+    def common(v): return {k: x for k, x in v.items() if k not in ("seconds", "frames", "samples")}
+    return {**{k: common(v) if k in ("audio", "video") else v for k, v in first.items()}, "parts": len(parts)}
+
 def look_at(of: Backend,
             parts,                # `Media` one after the other
             fill: bool = False,   # is a network to be fed, which wants ten seconds
             known: Observed = None,   # its answers, where they are known
             ) -> Look:
     "Ask the networks of a back end about a file, part by part"
-    asked, pictures, sound, warned, N, first = [], [], [], {}, 0, None
+    asked, pictures, sound, warned, N, facts = [], [], [], {}, 0, []
     for m in parts:
-        first = first or m
-        if known is None: asked.append(observe(of, filled(m) if fill and m is first else m))
+        facts.append(dict(m.facts))
+        if known is None: asked.append(observe(of, filled(m) if fill and N == 0 else m))
         pictures.append(m.pictures if m.pictures is None else small_pictures(m.pictures))
         sound.append(m.waveform if m.waveform is None else outline_of(m.waveform))
         warned |= dict.fromkeys(map(tuple, m.warnings))
         N += m.seconds
-        m.pictures = m.waveform = None                  # the memory that they take is wanted for the next part
+        m.pictures = m.waveform = None              # the next part wants the memory that they take
     names = Observed.__dataclass_fields__
     x = known or Observed(**{k: together([getattr(a, k) for a in asked]) for k in names})
-    return Look(Path(first.path), N, x, together(pictures), together(sound), first.facts, list(warned))
+    return Look(Path(m.path), N, x, together(pictures), together(sound), facts_of(facts), list(warned))
 
 # %% ../../nbs/runs/10a_parser.ipynb #d7ac48e5
 def as_windows(x: Observed, starts, of: Backend, net: Net) -> Clips:
@@ -185,7 +194,7 @@ def net_seconds(net: Net, look: Look, of: Backend, stride: int = STRIDE) -> tupl
         out.append(Parsing(*gates, joined(p.segments, starts, N)[:, None]))           # (N,1,2,C)
     return tuple(out)
 
-# %% ../../nbs/runs/10a_parser.ipynb #fc1c04bd
+# %% ../../nbs/runs/10a_parser.ipynb #4759f03f
 THRESHOLD = 0.3      # of a recogniser's scores, where the back end names none of its own
 
 def track_lines(facts: dict) -> list:
@@ -203,10 +212,11 @@ def media_facts(media) -> dict:
     "What is known of a decoded file, as plain data; `duration_s` is that of the longer track"
     facts = to_plain(dict(media.facts))
     ends = [(facts.get(k) or {}).get("seconds") or 0. for k in ("video", "audio")]
-    return {**facts, "duration_s": round(max(*ends) or facts.get("duration") or media.seconds, 3),
+    length = max(*ends) or facts.get("duration") or media.seconds
+    return {**facts, "duration_s": round(length, 3) if abs(length - media.seconds) <= 1 else media.seconds,
             "tracks": track_lines(facts)}
 
-# %% ../../nbs/runs/10a_parser.ipynb #bf0fdb92
+# %% ../../nbs/runs/10a_parser.ipynb #590952b0
 class Parser:
     "What turns decoded files into timelines: a back end, and thresholds or a trained network"
     def __init__(self,
@@ -217,12 +227,10 @@ class Parser:
                  rule: str = None,         # its decision rule; None: the one it was scored with
                  official: str = None,     # whose released checkpoint it is, such as "han"; None: ours
                  **options):               # of the back end
-        if model is not None and threshold is not None:
-            raise InputError("has no effect with --model, whose own rule decides", where="threshold",
-                             fix="leave it out, or name a rule")
-        for name, given in (("rule", rule), ("official", official)):
-            if model is None and given is not None:
-                raise InputError("has no effect without --model", where=name, fix="leave it out")
+        given = (("rule", rule), ("official", official)) if model is None else (("threshold", threshold),)
+        for name in (k for k, v in given if v is not None):
+            without = "without --model" if model is None else "with --model, whose own rule decides"
+            raise InputError(f"has no effect {without}", where=name, fix="leave it out")
         window_starts(LENGTH, stride)
         of = of or ("zeroshot" if model is None else "paper" if official else "small")
         if of == "paper" and "weights" not in options:
