@@ -1,6 +1,9 @@
 """The annotations, files, packs and simulator of AVE: what is read, what is refused, and the floors of the real labels."""
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -336,3 +339,32 @@ def test_psp_learns_on_it_through_the_one_loop(weak, monkeypatch):
     learner = Learner(psp.PSP(weak=weak, places=4, dim=32, hidden=32), clips, psp.PSPLoss(weak), lr=3e-3, batch_size=32, epochs=10, device="cpu")
     losses = [sum(h["loss"].values()) for h in learner.fit().history]
     assert losses[-1] < .7 * losses[0] and set(learner.history[0]["loss"]) == ({"video"} if weak else {"seconds", "pairs"})
+
+
+# ---- memory
+
+BIG = """
+import resource, sys
+from avvp_nb.data.ave_files import pack_ave
+pack_ave(sys.argv[1], sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_packing_two_gigabytes_stays_below_one_of_memory(tmp_path):
+    n, root = 2048, tmp_path / "ave"
+    root.mkdir()
+    (root / "Annotations.txt").write_text("\n".join(lines(n)) + "\n")
+    for k, rows in {"train": range(2000), "val": range(2000, 2024), "test": range(2024, n)}.items(): write_h5(root / f"{k}_order.h5", np.array(rows), "order")
+    write_h5(root / "audio_feature.h5", np.zeros((n, 10, 128), np.float32))
+    one = np.random.default_rng(0).random((64, 10, 7, 7, 512), dtype=np.float32)
+    with h5py.File(root / "visual_feature.h5", "w") as f:
+        x = f.create_dataset("avadataset", (n, 10, 7, 7, 512), "float32")
+        for i in range(0, n, 64): x[i:i + 64] = one
+    assert (root / "visual_feature.h5").stat().st_size > 2 * 1000**3
+    done = subprocess.run([sys.executable, "-c", BIG, str(root), str(tmp_path / "pack")], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 1024**2            # kilobytes
+    packed = ave_files.open_ave(tmp_path / "pack")
+    np.testing.assert_array_equal(packed.regions[100], one[36].astype(np.float16))

@@ -92,7 +92,8 @@ def test_every_format_shows_the_interval_and_the_mark():
     for text in (t.to_markdown(), t.to_latex(), re.sub("<[^>]+>", " ", t.to_html())): assert re.search(r"[+−]\d\.\d\s+\[[+−]\d\.\d, [+−]\d\.\d\]", text.replace("$-$", "−"))
     for text in (t.to_markdown(), t.to_latex(), t.to_html(), t.to_csv()): assert "simulated" in text
     back = pd.read_csv(io.StringIO(t.to_csv()))
-    assert (back["A low"] <= back["A"]).all() and (back["A"] <= back["A high"]).all() if len(back.dropna(subset="A")) == len(back) else True
+    known = back.dropna(subset="A low")
+    assert len(known) == 2 and (known["A low"] <= known["A"]).all() and (known["A"] <= known["A high"]).all()
     assert {"mean", "mean low", "mean high"} <= set(back.columns) and set(back["mark"]) == {MARK}
     assert re.search("<br><small", t.to_html()), "the interval stands below its number, so that six of them fit a page"
 
@@ -108,7 +109,7 @@ def test_text_of_a_row_is_left_aligned_and_fits():
 EVERY = [(p, t) for p in TABLES for t in TABLES[p] if (p, t) not in RATES]
 
 
-@pytest.mark.parametrize("paper, table", EVERY)
+@pytest.mark.parametrize("paper, table", [x for x in EVERY if x not in (("dgm", "II"), ("dgm", "III"))])
 def test_each_baseline_is_a_printed_row_that_can_be_run(paper, table):
     rows = [(r.method, r.variant) for r in plan(paper, table).rows]
     found = {(m, v): G.baseline_of(paper, table, m, v, rows) for m, v in rows}
@@ -117,7 +118,7 @@ def test_each_baseline_is_a_printed_row_that_can_be_run(paper, table):
         assert why and base != (paper, table, m, v) and base[2:] != (m, v)
         printed = reported(*base[:2], dataset=None).reset_index()
         assert ((printed["method"] == base[2]) & (printed["variant"] == base[3])).any() and system_of(*base[2:]).spec
-    assert any(b for b, _ in found.values()) or (paper, table) in (("dgm", "II"), ("dgm", "III")), "some row has a baseline"
+    assert any(b for b, _ in found.values()), "some row has a baseline"
 
 
 def test_the_rules_of_baselines_by_hand():

@@ -505,6 +505,14 @@ def test_a_decoder_that_dies(made, scratch, monkeypatch):
     assert list(scratch.iterdir()) == []
 
 
+def test_modules_of_the_working_folder_are_not_run(made, tmp_path, monkeypatch):
+    path = made("whole.mp4")
+    for name in ("numpy", "av", "json", "avvp_nb"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w').close()\nraise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_media_safely(path).seconds == 2 and not (tmp_path / "ran").exists()
+
+
 def test_a_child_that_lies(made, scratch, monkeypatch):
     "Arrays of another shape or type than promised, and pickles, are not read"
     m = read_media(made("whole.mp4"), size=24)

@@ -3,11 +3,10 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from conftest import close
 
 from avvp_nb.core import InputError
 from avvp_nb.media.sound import RESAMPLERS, Placement, examples, fit, log_mel, mel_matrix, resample
-
-from conftest import close
 
 AV = pytest.mark.skipif(not find_spec("av"), reason="PyAV is not installed: pip install av")
 SOXR = pytest.mark.skipif(not find_spec("soxr"), reason="soxr is not installed: pip install soxr")
@@ -160,7 +159,7 @@ def test_bad_input_to_resample():
 
 def test_jitter_of_a_real_file_inserts_nothing():
     "Blocks of 1,024 samples, stamped 1,014 to 1,059 apart, are joined end to end"
-    rng, p, at = np.random.default_rng(0), Placement(44_100), 0
+    rng, p = np.random.default_rng(0), Placement(44_100)
     for k in range(400):
         p.add((k * 1024 + rng.integers(-40, 40)) / 44_100 if k else 0, np.full((1, 1024), k + 1, "f4"))
     assert np.array_equal(p.samples()[0], np.repeat(np.arange(1, 401), 1024))

@@ -9,7 +9,10 @@ import pytest
 from tree import NOTEBOOKS, ROOT
 
 from avvp_nb.data.annotations import load_annotations
+from avvp_nb.data.ave_write import write_ave
 from avvp_nb.data.clip_clap import write_clip_clap
+from avvp_nb.data.cremad import cremad_split
+from avvp_nb.data.cremad_simulate import write_cremad
 from avvp_nb.data.pseudo import label_clips, write_pseudo_layout
 from avvp_nb.data.sim_files import write_simulated
 from avvp_nb.data.simulate import simulate
@@ -56,11 +59,20 @@ SWITCHES = {
             "audio_table": {"audio_table": "2020", "annotations": "ANNOTATIONS"},
             "on_missing": {"on_missing": "drop", "features": "FEATURES", "annotations": "ANNOTATIONS"}, "fresh": True,
             "device": "cpu"},
+    "ave": {"modulation": ["none", "ogm", "ogm_ge"], "gamma": .5, "measure": ["score", "discrepancy"],
+            "measured": ["lstm", {"measured": "msdu", "modulation": "none"}], "noise": False, "target": "both", "apply": "update",
+            "protocol": "full", "labels": "onehot", "scale": "small", "seeds": [[2, 3]], "annotations": {"annotations": "AVE", "features": "AVE"},
+            "features": {"features": "AVE"}, "table": True, "fresh": True, "device": "cpu"},
+    "cremad": {"method": ["joint", "ogm", "dgm"], "alpha": [0, .5], "measure": {"measure": "score", "method": "dgm"}, "noise": False,
+               "target": "both", "fusion": ["sum", {"fusion": "film", "method": "joint"}], "protocol": "paper", "split": "speakers", "frames": 2,
+               "scale": "small", "seeds": [[2, 3]], "features": {"features": "CREMAD", "on_missing": "drop"}, "table": True,
+               "on_missing": {"on_missing": "drop", "features": "CREMAD"}, "fresh": True, "device": "cpu"},
+    "imbalance": {"datasets": [["ave"], ["llp"]], "scale": "small", "seeds": [[1, 2, 3]], "fresh": True, "device": "cpu"},
     "speed": {"scale": "small", "seeds": [[2, 3]], "batch_sizes": [[8]], "seconds": .2, "device": "cpu",
               "bench": "no/such/folder"},
 }
 # Of the new place of `out` each set of parameters is a test by itself; measurements of a second are made shorter
-ALWAYS = {"zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]}}
+ALWAYS = {"ave": {"seeds": [1], "table": False}, "cremad": {"seeds": [1], "table": False}, "imbalance": {"seeds": [1]}, "zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]}}
 
 
 def parameters(nb):
@@ -99,7 +111,11 @@ def files(tmp_path_factory):
     assert clips.ids == load_annotations(folder)["train"].ids
     write_pseudo_layout(labels, clips)
     for split, n in (("train", 48), ("val", 16), ("test", 16)): write_clip_clap(teachers, simulate(n, split=split))
-    return {"CLIP_CLAP": str(teachers), "ANNOTATIONS": str(folder), "FEATURES": str(llp), "UNAV": str(next(unav.rglob("*.json"))),
+    ave, cremad = (tmp_path_factory.mktemp(x) for x in ("ave", "cremad"))
+    write_ave(ave, (28, 4, 4))
+    stems = cremad_split("validated")
+    write_cremad(cremad, [s for k, n in (("train", 48), ("val", 16), ("test", 16)) for s in stems[k][:n]])
+    return {"AVE": str(ave), "CREMAD": str(cremad), "CLIP_CLAP": str(teachers), "ANNOTATIONS": str(folder), "FEATURES": str(llp), "UNAV": str(next(unav.rglob("*.json"))),
             "UNAV_FEATURES": str(unav), "PSEUDO": str(labels)}
 
 

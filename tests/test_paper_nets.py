@@ -13,7 +13,15 @@ from avvp_nb.media import paper_nets
 from avvp_nb.media.backend import BACKENDS, Backend, backend, look, observe
 from avvp_nb.media.decode import Media
 from avvp_nb.media.extras import optional, read_tensors
-from avvp_nb.media.paper_nets import NETS, PaperNets, find_weights, for_motion, for_resnet, in_batches, torchvision_net
+from avvp_nb.media.paper_nets import (
+    NETS,
+    PaperNets,
+    find_weights,
+    for_motion,
+    for_resnet,
+    in_batches,
+    torchvision_net,
+)
 from avvp_nb.media.sound import examples
 from avvp_nb.media.vggish import TF_NAMES, VGGish, embed, vggish
 
@@ -143,7 +151,7 @@ class Bomb:
 
 def test_weight_files_are_never_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": Bomb()}))
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": Bomb()}, protocol=2))
     torch.save({"a": Bomb()}, tmp_path / "b.pt")
     np.savez("c.npz", a=np.array([Bomb()]))
     (tmp_path / "d.safetensors").write_bytes(b"\xff" * 100)

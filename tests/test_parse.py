@@ -102,7 +102,7 @@ def test_contract(tmp_path):
         {"heard": ["Loud"], "seen": []}, {"heard": ["Loud"], "seen": ["Bright"]}, {"heard": [], "seen": ["Bright"]}]
     assert len(j["seconds"]) == 12 and j["backend"] == "toy" and j["cannot_see"] == ["Loud", "</script>"] and j["warnings"] == []
     assert j["thresholds"] == {"heard": .3, "seen": .3} and len(j["media"]["sha256"]) == 64 and j["versions"]["avvp_nb"]
-    assert "no paper's model" in j["statement"]
+    assert "No paper's model" in j["statement"]
     z = read_npz(tmp_path/"out/park.npz")
     assert z["heard"].shape == (12, 3) and z["classes"].tolist() == NAMES
     rows = (tmp_path/"out/park.csv").read_text().splitlines()
@@ -207,10 +207,11 @@ def test_statuses(tmp_path, shell):
 
 
 @pytest.mark.parametrize("words, said", (
-    (["--threshold", "2"], "threshold: 2.0 is not possible"), (["--threshold", "1", "1", "1"], "--threshold: 3 numbers"),
+    (["--threshold", "2"], "threshold: (2.0, 2.0) is not possible"), (["--formats", "json,pdf"], "formats: 'pdf' is not possible"),
+    (["--seen-threshold", "-1"], "threshold: (0.3, -1.0) is not possible"),
     (["--stride", "0"], "expected a stride of 1 to 10 s"), (["--rule", "han"], "rule: has no effect without --model"),
     (["--backend", "zeroshoot"], "did you mean 'zeroshot'?"), (["--model", "none.st"], "none.st: is not a weights file"),
-    (["--threshold", "nan"], "threshold: nan is not possible")))
+    (["--threshold", "nan"], "threshold: (nan, nan) is not possible")))
 def test_wrong_arguments_before_any_work(tmp_path, shell, words, said):
     status, _, err = shell(video(tmp_path/"a.mp4"), "--out", tmp_path/"o", *words)
     assert status == 2 and said in err and err.count("\n") == 1 and not (tmp_path/"o").exists()

@@ -9,7 +9,9 @@ import torch
 from avvp_nb import cli
 from avvp_nb.core import InputError, Located, Parsing
 from avvp_nb.data import sources
-from avvp_nb.data.ave_task import Lazy
+from avvp_nb.data.annotations import with_facts
+from avvp_nb.data.ave_task import Lazy, ave_facts
+from avvp_nb.data.cremad_task import cremad_facts
 from avvp_nb.data.sources import DATASETS, DataSpec, load_data
 from avvp_nb.methods.zoo import METHODS
 from avvp_nb.records.spec import RunSpec, run_key
@@ -272,6 +274,12 @@ def test_ave_on_files_doctor_pack_and_run(shell, tmp_path, monkeypatch):
     assert status == 1 and "visual_feature.h5" in out
 
 
+def test_events_of_another_task_are_refused(small, tmp_path, shell):
+    record = run(spec("cremad"), tmp_path, "cpu", "off")
+    status, _, err = shell("events", Store(tmp_path).record_path(record["key"]))
+    assert status == 2 and "says which one class a clip has, and has no audio and visual events" in err
+
+
 def test_the_time_of_other_tasks_can_be_announced(small, tmp_path):
     assert "Training 1 run will take about" in announce([spec("ave")], tmp_path, "cpu")
 
@@ -293,3 +301,11 @@ def test_effects_are_differences_of_equal_seeds(small, tmp_path):
     by = {k: {r["seed"]: r["metrics"]["highest"]["video"] for r in rs} for k, rs in found.items()}
     assert e.gain.mean == pytest.approx(np.mean([by["OGM"][s]["accuracy"] - by["plain"][s]["accuracy"] for s in (1, 2)]))
     assert e.gap == pytest.approx(np.mean([by["OGM"][s]["audio"] - by["OGM"][s]["visual"] for s in (1, 2)]))
+
+
+# ---- data cards
+
+@pytest.mark.parametrize("card, facts", [("ave", ave_facts), ("cremad", cremad_facts)])
+def test_the_cards_hold_what_is_counted(card, facts, request):
+    text = (request.config.rootpath / "data_cards" / f"{card}.md").read_text(encoding="utf-8")
+    assert with_facts(text, facts()) == text

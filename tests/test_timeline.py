@@ -78,7 +78,7 @@ def test_json_has_what_scripts_ask():
     assert len(told["seconds"]) == 23 and told["backend"] == "toy" and told["cannot_see"] == ["Speech"]
     for i, s in enumerate(told["seconds"]):
         for k, on in (("heard", t.on_heard), ("seen", t.on_seen)): assert s[k] == [CLASSES[c] for c in np.flatnonzero(on[i])]
-    assert told["warnings"] == ["W_SHORT: x"] and told["thresholds"]["seen"] == .8 and "no paper's model" in told["statement"]
+    assert told["warnings"] == ["W_SHORT: x"] and told["thresholds"]["seen"] == .8 and "No paper's model" in told["statement"]
 
 
 def test_csv_comes_back():
@@ -152,7 +152,7 @@ def test_page_says_what_it_must():
     t = drawn(cannot_see=["Speech", "Frying_(food)"], warnings=["W_PACKETS: 3 places"], thresholds={"heard": .7},
               versions={"avvp_nb": "0.1.0"}, windows="none", missing=["visual"])
     text = "".join(Page(timeline_page(t)).text)
-    for said in ("Frying (food)", "W_PACKETS: 3 places", "0.7", "0.1.0", "toy", "no paper's model", "none in the file",
+    for said in ("Frying (food)", "W_PACKETS: 3 places", "0.7", "0.1.0", "toy", "No paper's model", "none in the file",
                  "not calibrated", "the file has no pictures"): assert said in text, said
     assert text.count("toy cannot see") == 1        # at the top; the lanes say that there are no pictures
 
