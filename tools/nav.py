@@ -11,21 +11,26 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("", "data", "train", "methods", "records", "results", "runs", "")   # folders below nbs/; "" twice: 00_ to 89_, 90_
+FLOORS = ("", "media", "data", "train", "methods", "records", "results", "runs", "")   # folders below nbs/; "" twice: 00_ to 89_, 90_
 USED_IN = {   # what a notebook's number is followed by -> the experiment that uses it; others: that of their floor
-    "": {"cli": "index", "main": "index", "face": "index", "limits": "extend", "surroundings": "extend"},
+    "": {"cli": "index", "main": "index", "face": "index", "limits": "extend", "surroundings": "extend", "tasks": "imbalance"},
+    "media": {},   # all of it: video
     "data": {"unav100": "coleaf", "unav_features": "coleaf", "unav_simulate": "coleaf", "pseudo": "coleaf", "sources": "extend",
-             "clip_clap": "zoo"},
+             "clip_clap": "zoo", **dict.fromkeys(("ave", "ave_files", "ave_simulate", "ave_task", "ave_write"), "ave"),
+             **dict.fromkeys(("cremad", "cremad_files", "cremad_pack", "cremad_simulate", "cremad_task"), "cremad"),
+             **dict.fromkeys(("signals", "signals_features", "signals_bounds"), "signals"), "tools": "extend"},
     "train": {"graphs": "speed", "lanes": "speed", "stack": "speed", "thresholds": "coleaf", "threads": "speed"},
     "methods": {"method": "extend", "mmil": "han", "losses": "han", "han": "han", "ma_swap": "ma", "ma_refine": "ma", "ma": "ma",
                 "valor": "coleaf", "cmpae": "coleaf", "coleaf_terms": "coleaf", "coleaf": "coleaf", "zoo": "extend",
                 **dict.fromkeys(("valor_plus", "sound_baselines", "picture_baselines", "ave", "mm_pyramid", "noisy", "dhhn", "mgn",
-                                 "cvcms", "deep", "uwav"), "zoo")},
+                                 "cvcms", "deep", "uwav"), "zoo"),
+                "psp": "ave", "localisers": "ave", "resnet": "cremad", "ogm": "cremad"},
     "results": {"figures_han": "han", "figures_ma": "ma", "figures_coleaf": "coleaf", "rates": "coleaf", "cost": "coleaf",
                 "intervals": "claims", "claims": "claims", "errata": "claims", "claims_page": "claims", "speed": "speed", "events": "index",
-                "scoring": "index", "field": "zoo", "systems": "zoo"},
+                "scoring": "index", "field": "zoo", "systems": "zoo", "accuracies": "cremad", "imbalance": "imbalance", "timeline": "video",
+                "timeline_page": "video", "gains": "dgm", "findings": "claims", "verify": "claims"},
     "runs": {"parallel": "scale", "remote": "scale", "sweep": "scale", "stacked": "speed", "measure": "speed", "parity": "speed",
-             "gpu_report": "speed", "merge": "speed", "face": "extend"}}
+             "gpu_report": "speed", "merge": "speed", "face": "extend", "parser": "video", "parse": "video", "extract": "video"}}
 MARK = re.compile(r"^\[(?:←|index)[^\n]*\]\([^\n]*\)$", re.M)
 
 
@@ -50,7 +55,7 @@ def line(order, i, root=ROOT):
     parts = [link(f"← {stem(order[i - 1])}", order[i - 1])] if i else []
     parts.append(link("index", nbs / "index.ipynb"))
     if i + 1 < len(order): parts.append(link(f"{stem(order[i + 1])} →", order[i + 1]))
-    experiment = USED_IN.get(floor, {}).get(stem(here), "dgm")
+    experiment = USED_IN.get(floor, {}).get(stem(here), "video" if floor == "media" else "dgm")
     if experiment != "index": parts.append(f"used in {link(experiment, nbs / f'{experiment}.ipynb')}")
     return " · ".join(parts)
 

@@ -167,7 +167,7 @@ def _our_rows(records, store, clips, rule, average) -> dict:
     "{rate: Row} averaged over seeds"
     frames = [_cells(context_rates(r, store, clips, rule, average)) for r in records]
     mark, n, scale = mark_of(records), len(records), scale_of(records[0])
-    source = f"ours, per {average[:-1]}, {'simulated, ' if mark else ''}{scale}, {n} seed{'s'*(n > 1)}"
+    source = f"ours, per {average[:-1]}, {f'{marked_as(mark)}, ' if mark else ''}{scale}, {n} seed{'s'*(n > 1)}"
     info = {"seeds": n, "runs": [r["key"] for r in records], "rule": rule or records[0]["rule"],
             "scale": scale, "mark": mark}
     return {r: Row(r, source, "ours", *mean_sd([f[r] for f in frames]), info=info) for r in RATES}
