@@ -19,7 +19,7 @@ QUIET := --stdout-file - --no-progress-bar --log-level WARNING
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help dgm han ma coleaf zoo smoke test slow check export clean bench readme lab env
+.PHONY: help dgm han ma coleaf zoo smoke test slow check export clean bench results readme lab site env
 
 help: ## list these commands
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -34,16 +34,16 @@ endef
 # Threads that wait sleep: a busy neighbour costs little then, and no number changes (nbs/train/06_threads.ipynb)
 dgm han ma coleaf zoo: export OMP_WAIT_POLICY ?= passive
 
-dgm: $(STAMP) ## main job: run nbs/dgm.ipynb; options as ARGS="-p gamma 0.2 -p scale tiny"
+dgm: $(STAMP) ## main job: JoMoLD with and without DGM + MSDU; options as ARGS="-p gamma 0.2 -p scale tiny"
 	$(run_notebook)
 
-han: $(STAMP) ## HAN beside its Table 1; all rows of Table 2 with ARGS="-y '{tables: [\"1\", \"2\"]}'"
+han: $(STAMP) ## HAN beside its Table 1, at the tiny scale; Table 2 as well with ARGS="-y '{tables: [\"1\", \"2\"]}'"
 	$(run_notebook)
 
-ma: $(STAMP) ## MA in its three stages; options as for dgm
+ma: $(STAMP) ## MA in its three stages, at the tiny scale; options as for dgm
 	$(run_notebook)
 
-coleaf: $(STAMP) ## CoLeaF's Tables 1 to 8, at the tiny scale; options as for dgm
+coleaf: $(STAMP) ## CoLeaF's Tables 2 to 5, at the tiny scale; options as for dgm
 	$(run_notebook)
 
 zoo: $(STAMP) ## every system of the papers' tables, at the tiny scale, with cost and family tree
@@ -70,11 +70,17 @@ clean: $(STAMP) ## strip the notebooks of what only disturbs diffs (outputs stay
 bench: $(STAMP) ## speed beside the official way of working and the machine's ceilings; ARGS=--save keeps it in figures/bench
 	$(PY) -m bench $(ARGS)
 
+results: $(STAMP) ## write every table and picture of figures/ that records decide, and README.md's numbers; ARGS=--check only looks
+	$(PY) tools/results.py $(ARGS)
+
 readme: $(STAMP) ## write the generated block of README.md from figures/records
-	$(PY) tools/results.py
+	$(PY) tools/results.py --readme
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs $(ARGS)
+
+site: $(STAMP) ## write _site/: every notebook, table, figure and record as pages to read without a network
+	$(PY) tools/site.py $(ARGS)
 
 env: $(STAMP) ## only set up the environment
 

@@ -3,6 +3,7 @@
     python tests/player.py nbs/dgm.ipynb FOLDER '[{"gamma": 0}, {"msdu": false}]'
 
 prints, as its last line, what went wrong for each set of parameters (null: nothing)."""
+import ast
 import json
 import os
 import sys
@@ -26,6 +27,12 @@ def shrink():
         if name != "micro": sources.SCALES[name] = replace(scale, train=48, val=16, test=16, epochs=1)
 
 
+def assigned(cells):
+    "Names in the cell of parameters"
+    of = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    return {s.target.id for source in of for s in ast.parse(source).body if isinstance(s, ast.AnnAssign)}
+
+
 def play(cells, given: dict):
     "Execute code cells in one namespace, and the assignments of `given` after the cell of parameters, as papermill does"
     names = {"__name__": "__main__"}
@@ -41,8 +48,9 @@ def main(path, out, sets):
     shrink()
     warnings.simplefilter("ignore")
     cells, said = json.loads(Path(path).read_text())["cells"], []
+    usual = {k: v for k, v in (("scale", "tiny"), ("out", out)) if k in assigned(cells)}
     for given in sets:
-        try: play(cells, {"scale": "tiny", "out": out, **given})
+        try: play(cells, {**usual, **given})
         except Exception: said.append(traceback.format_exc()[-2000:])
         else: said.append(None)
     print("\n" + json.dumps(said))

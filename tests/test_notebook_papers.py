@@ -51,7 +51,17 @@ def test_coleaf_notebook_left_everything_it_announces(store):
 def test_claims_page(store):
     nb = execute("claims", store)
     text = json.dumps([o for c in nb.cells for o in c.get("outputs", [])])
-    assert "not testable here" in text and "simulated" in text
+    assert "undecided" in text and "simulated" in text and "scale tiny" in text
+    assert "of this store" in text, "its own runs, and not the committed ones"
+
+
+def test_claims_page_of_an_empty_store_reads_the_committed_records(tmp_path):
+    out = tmp_path / "claims.ipynb"
+    done = papermill(ROOT / "nbs" / "claims.ipynb", out, "-p", "out", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr[-6000:]
+    text = json.dumps([o for c in Notebook(out).cells for o in c.get("outputs", [])])
+    assert "committed ones" in text and "Claims by paper and verdict" in text
+    assert (tmp_path / "runs" / "tables" / "claims_dgm_small_simulated.md").exists() and not (tmp_path / "runs" / "records").exists()
 
 
 @pytest.mark.parametrize("name", ["han", "ma", "coleaf", "claims"])

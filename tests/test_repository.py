@@ -232,8 +232,9 @@ def test_no_machine_is_named():
 
 
 def test_no_file_is_large():
-    "Notebooks carry small figures; data, records and weights stay outside"
-    assert [(p.name, p.stat().st_size) for p in files() if p.stat().st_size > 2_000_000] == []
+    "Notebooks carry small figures; data, records and weights stay outside, but for the one small network of real signals"
+    weights = ROOT / "figures" / "weights"
+    assert [(p.name, p.stat().st_size) for p in files() if p.stat().st_size > (20_000_000 if p.parent == weights else 2_000_000)] == []
 
 
 def digest(path): return hashlib.sha256(path.read_bytes()).hexdigest()

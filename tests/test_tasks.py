@@ -92,7 +92,7 @@ def test_recipes_of_psp_by_supervision():
     ("cremad", {}), ("cremad", {"modulation": "ogm", "fusion": "sum"}), ("cremad", {"modulation": "dgm", "target": "both", "measure": "score"}),
     ("cremad", {"fusion": "gated", "augment": True}), ("ave", {}), ("ave", {"modulation": "ogm_ge", "protocol": "full"}),
     ("ave", {"modulation": "dgm", "measured": "msdu", "apply": "update"}), ("ave", {"method": "ave_localiser", "protocol": "full"}),
-    ("ave", {"method": "ave_localiser"})])
+    ("ave", {"method": "ave_localiser"}), ("ave", {"protocol": "released_weak"}), ("ave", {"protocol": "released_full"})])
 def test_a_run_is_recorded_scored_and_never_made_twice(dataset, options, small, tmp_path):
     method = options.pop("method", None)
     s = spec(dataset, method=method, **options)
@@ -111,9 +111,9 @@ def test_a_run_is_recorded_scored_and_never_made_twice(dataset, options, small, 
     with torch.no_grad(): assert isinstance(model.eval()(*test.batch([0, 1]).features), type(p))
 
 
-@pytest.mark.parametrize("dataset", OF)
-def test_a_killed_run_continues_bit_for_bit(dataset, small, tmp_path, monkeypatch):
-    s = spec(dataset, modulation="dgm")
+@pytest.mark.parametrize("dataset, more", [("cremad", {}), ("ave", {}), ("ave", {"protocol": "released_full"})])
+def test_a_killed_run_continues_bit_for_bit(dataset, more, small, tmp_path, monkeypatch):
+    s = spec(dataset, modulation="dgm", **more)
     whole = run(s, tmp_path / "whole", "cpu", "off")
     from avvp_nb.train.callbacks import CheckpointCB
     save = CheckpointCB.after_epoch
@@ -288,7 +288,7 @@ def test_the_time_of_other_tasks_can_be_announced(small, tmp_path):
 
 def test_every_system_and_level_of_the_study_is_possible():
     for d, study in STUDIES.items():
-        assert len(study.levels) == 3 and next(iter(study.systems)) == "plain"
+        assert len(study.levels) >= 2 and next(iter(study.systems)) == "plain"
         keys = [s.plain() for level in study.levels for part in study_specs(d, level, seeds=(1,)).values() for s in part]
         assert len({json.dumps(k, sort_keys=True) for k in keys}) == len(study.systems)      # levels differ in data alone
 

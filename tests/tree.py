@@ -30,7 +30,7 @@ def files():
 def ignored(path):
     "In a download without git: is this path something that a command left behind?"
     made = {"__pycache__", "build", "dist", "runs", "out", ".venv", ".git", ".pytest_cache", ".ruff_cache", ".hypothesis",
-            ".ipynb_checkpoints"}
+            ".ipynb_checkpoints", "_site"}
     return path.name == ".coverage" or any(p in made or p.endswith(".egg-info") for p in path.parts)
 
 

@@ -18,7 +18,7 @@ USED_IN = {   # what a notebook's number is followed by -> the experiment that u
     "data": {"unav100": "coleaf", "unav_features": "coleaf", "unav_simulate": "coleaf", "pseudo": "coleaf", "sources": "extend",
              "clip_clap": "zoo", **dict.fromkeys(("ave", "ave_files", "ave_simulate", "ave_task", "ave_write"), "ave"),
              **dict.fromkeys(("cremad", "cremad_files", "cremad_pack", "cremad_simulate", "cremad_task"), "cremad"),
-             **dict.fromkeys(("signals", "signals_features", "signals_bounds"), "signals"), "tools": "extend"},
+             **dict.fromkeys(("signals", "signals_features", "signals_bounds", "signals_task"), "signals"), "tools": "extend"},
     "train": {"graphs": "speed", "lanes": "speed", "stack": "speed", "thresholds": "coleaf", "threads": "speed"},
     "methods": {"method": "extend", "mmil": "han", "losses": "han", "han": "han", "ma_swap": "ma", "ma_refine": "ma", "ma": "ma",
                 "valor": "coleaf", "cmpae": "coleaf", "coleaf_terms": "coleaf", "coleaf": "coleaf", "zoo": "extend",

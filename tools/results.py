@@ -1,86 +1,365 @@
-"""Write the generated block of README.md from the committed run records: `python tools/results.py` (or `make readme`).
+"""Everything that run records decide: the tables and pictures of figures/, and the generated block of README.md.
 
-Every number of that block comes from figures/records/*.json; a test compares the two.
+    python tools/results.py             write figures/ and README.md (`make results`)
+    python tools/results.py --readme    README.md alone (`make readme`)
+    python tools/results.py --check     change nothing, name what differs, and fail if anything does
+
+Records are read from figures/records. A table or picture appears as soon as its records are there, and goes when they go.
+What needs more than records (probabilities, weights) is listed in `KEPT`; it comes from an executed notebook and is left alone.
 """
 import sys
+import tempfile
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
-from avvp_nb.core import InputError, read_json
-from avvp_nb.methods.method import METHODS
-from avvp_nb.results.compare import compare
-from avvp_nb.results.plans import plan, recorded, render
-from avvp_nb.results.reported import reported
+from pandas import DataFrame
+
+from avvp_nb.core import InputError, content_hash
+from avvp_nb.data.sources import SCALES, DataSpec, identify, load_data
+from avvp_nb.methods.coleaf import READINGS
+from avvp_nb.methods.method import network_sizes
+from avvp_nb.methods.zoo import METHODS
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.records.store import whole_record
+from avvp_nb.results import claims_page, figures_coleaf, figures_dgm, figures_han
+from avvp_nb.results.claims import UNTRAINED, judge_claims
+from avvp_nb.results.compare import compare, printed_rows, rules_table, stack
+from avvp_nb.results.cost import cost_table, plot_tokens
+from avvp_nb.results.errata import errata
+from avvp_nb.results.findings import EXPERIMENTS, findings
+from avvp_nb.results.gains import gained, over
+from avvp_nb.results.groups import EARLY, SELECTED, dataset_of, has_selected, mark_of, provenance, scale_of
+from avvp_nb.results.plans import collect, default_seeds, draw, plan
+from avvp_nb.results.plots import (
+    class_name,
+    data_provenance,
+    plot_losses,
+    plot_modulation,
+    plot_terms,
+    save_figure,
+)
+from avvp_nb.results.reported import AVG, method_name, reported
+from avvp_nb.results.rows import DATASET, RATES, TABLES, System, all_tables, experiment, system_of
+from avvp_nb.results.rules import (
+    against_nothing,
+    cross_table,
+    headline,
+    only_table,
+    ranking,
+    rule_share,
+    selection_effect,
+    settings,
+)
+from avvp_nb.results.systems import cards, plot_cost, plot_family, system_names, system_spec, with_runs
+from avvp_nb.results.table import table_of
+from avvp_nb.runs.reproduce import gain_block
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "figures"
 START, END = "<!-- results -->", "<!-- /results -->"
-NAMES = {"han": "HAN", "jomold": "JoMoLD"}
-PRINTED = {"han": ("VII", "dgm+msdu@han"), "jomold": ("VI", "dgm+msdu")}
+HERE = "tools/results.py"
+MADE = {".json", ".md", ".html", ".tex", ".csv", ".svg", ".png"}   # what tables and pictures are made of; nothing else is ever removed
+KEPT = {   # needs probabilities or weights, so an executed notebook made it: stem -> notebook
+    **dict.fromkeys(["han_fig4_pooling", "han_fig5_asynchronous"], "han"), "dgm_fig4_timelines": "dgm",
+    **dict.fromkeys(["ma_fig2_swap", "ma_fig3_parsing", "ma_fig4_refined", "ma_fig4_removed", "tables/ma_removed"], "ma"),
+    **dict.fromkeys(["coleaf_fig3_events", "tables/coleaf_1_tiny_simulated"], "coleaf"), "tables/zoo_refinements": "zoo"}
 
+
+# ---------------------------------------------------------------- records
 
 def committed():
     "All committed run records"
-    return [read_json(p) for p in sorted((ROOT / "figures" / "records").glob("*.json"))]
+    return [whole_record(p) for p in sorted((FIGURES / "records").glob("*.json"))]
 
 
-def experiment(backbone, scale="small", gamma=0.1):
-    "Records of a backbone and of DGM + MSDU on it with the defaults, by name"
-    def fits(r, method, options):
-        spec = r["spec"]
-        ours = METHODS[method].options | options
-        return spec["method"] == method and spec["backbone"] == backbone and spec["scale"] == scale and spec["options"] == ours
-    wanted = {NAMES[backbone]: (backbone, {}), f"{NAMES[backbone]} + DGM + MSDU": ("dgm", {"gamma": gamma})}
-    return {k: sorted((r for r in committed() if fits(r, *v)), key=lambda r: r["seed"]) for k, v in wanted.items()}
+@cache
+def identity(dataset, labels=None):
+    "Fingerprint of the data that a run on simulated clips has by default"
+    with tempfile.TemporaryDirectory() as folder: return content_hash(identify(DataSpec(dataset=dataset), folder)[0])
 
 
-def minutes(rs):
-    "Median training time of one run, in words"
-    t = median(r["wall_time"] for r in rs)
-    return f"{t:.0f} s" if t < 90 else f"{t / 60:.1f} min"
+def at(records, scale, dataset="llp"):
+    "Records of a scale on the simulated clips of a data set"
+    return [r for r in records if scale_of(r) == scale and dataset_of(r) == dataset
+            and content_hash(r["data"]["identity"]) == identity(dataset)]
 
 
-def section(backbone, floors):
-    "One table with what it took, or nothing without records"
-    ours = experiment(backbone)
-    if not all(ours.values()): return ""
-    table, method = PRINTED[backbone]
-    variant = "gamma=0.1;measure=fusion;msdu=1" if table == "VI" else None
-    names = list(ours)
-    printed = {names[0]: reported("dgm", "VII", backbone), names[1]: reported("dgm", table, method, variant=variant)}
-    text = compare(ours, printed, floors=floors, caption=f"DGM on {NAMES[backbone]}").to_markdown()
-    return f"{took(ours)}\n\n{text}"
+def of(records, system, **options):
+    "Records of a `System`, or of the printed row of this name, the seeds in order; `options` change its own"
+    if not records: return []
+    if isinstance(system, str): system = system_of(system)
+    wanted = experiment(RunSpec(system.method, {**system.options, **options}, system.backbone, labels=system.labels,
+                                scale=scale_of(records[0])).plain())
+    return sorted((r for r in records if experiment(r["spec"]) == wanted), key=lambda r: r["seed"])
 
 
-def took(ours):
-    "How long the runs took, and on what"
-    hw = next(iter(ours.values()))[0]["hardware"]
-    where = f"{hw.get('gpu') or hw['processor']}, {hw['threads']} thread{'s' * (hw['threads'] > 1)}"
-    return f"Median training time of one run ({where}, busy with other work): {', '.join(f'{k} {minutes(v)}' for k, v in ours.items())}."
+def most(records, *methods):
+    "Records of the largest scale at which all of these systems were run, a list for each"
+    for scale in ("full", "small", "tiny"):
+        found = [of(at(records, scale), m) for m in methods]
+        if all(found): return found
+    return []
 
 
-def coleaf(table="5", scale="small"):
-    "A table of CoLeaF with the floor that its measures need beside them, or nothing without records"
-    wanted = plan("coleaf", table, scale, (1,))
-    records = [r for r in committed() if r["spec"]["scale"] == scale and r["data"]["identity"].get("annotations") == "embedded"]
-    try: ours = recorded(wanted, records)
-    except InputError: return ""
-    found = render(wanted, records)
-    found.rows = [row for row in found.rows if row.kind != "floor" or row.name == "nothing"]
-    return f"{took(ours)}\n\n{found.to_markdown()}"
+# ---------------------------------------------------------------- tables
+
+def planned(records):
+    "The printed tables of which two rows or more were run, each with its gains: (stem, table)"
+    for scale in SCALES:
+        for paper, table in all_tables():
+            if (paper, table) in RATES: continue
+            data = DataSpec(dataset=DATASET.get((paper, table), "llp"))
+            found = at(records, scale, data.dataset)
+            runs = collect(plan(paper, table, scale, default_seeds(scale), data), found)
+            if len(runs) < 2: continue
+            seeds = sorted({r["seed"] for rs in runs.values() for r in rs})
+            wanted, stem = plan(paper, table, scale, seeds, data), f"{paper}_{table}_{scale}_simulated"
+            yield stem, draw(wanted, found, FIGURES, data="simulated")
+            block = gain_block(wanted, found, data="simulated")
+            if block is not None: yield f"{stem}_gains", block
 
 
-def calibration():
-    "HAN on 10,000 videos for four epochs, where the simulator was calibrated on HAN's printed row"
-    rs = [r for r in committed() if r["spec"]["scale"] == "calibration" and r["spec"]["method"] == "han"]
+def by_rule(records):
+    "What decision rules, selection metrics and empty videos do: (stem, table)"
+    for scale in SCALES:
+        main = headline(at(records, scale))
+        if len(main) < 2: continue
+        stem, han = f"{scale}_simulated", method_name("han")
+        yield f"rules_{stem}", cross_table(main, notebook=HERE)
+        yield f"selection_{stem}", selection_effect(main)
+        if han in main:
+            yield f"rule_share_{stem}", stack([rule_share(rs, main[han], name=f"{n} over {han}")
+                                               for n, rs in main.items() if n != han])
+        have = {n: rs for n, rs in main.items() if all(r.get("only") for r in rs)}
+        if have: yield from ((f"only_{stem}", only_table(have)), (f"ranking_{stem}", ranking(have)))
+
+
+PARTS = {"MSDU, no modulation": {"modulate": False}, "noise alone (γ=0)": {"gamma": 0.}, "no noise": {"noise": False},
+         "update scaled": {"apply": "update"}, "update scaled, no noise": {"apply": "update", "noise": False},
+         "encoders only": {"target": "encoder"}, "no MSDU": {"msdu": False}, "no MSDU, shared split": {"msdu": False, "shared": "split"}}
+
+
+def taken_apart(records):
+    "DGM with one ingredient changed, on either network: (stem, table)"
+    for scale in SCALES:
+        for on, whole in (("han", "dgm+msdu@han"), ("jomold", "dgm+msdu")):
+            found, base = at(records, scale), method_name(on)
+            parts = {base: of(found, on), f"{base} + DGM + MSDU": of(found, whole)}
+            parts |= {k: of(found, whole, **v) for k, v in PARTS.items()}
+            parts |= {name: of(found, System(m, {"gamma": .1}, on)) for m, name in (("ogm", "OGM"), ("ogm_ge", "OGM-GE"))}
+            parts = {k: rs for k, rs in parts.items() if rs}
+            if len(parts) < 4 or base not in parts: continue
+            yield f"dgm_parts_{on}_{scale}", compare(parts, floors=False, caption=f"DGM on {base}, taken apart, at scale {scale}")
+            yield f"dgm_parts_{on}_{scale}_gains", over(parts, base, caption=f"DGM on {base}, taken apart: gain over {base}")
+
+
+def one_paper(records):
+    "Tables of single pages: (stem, table)"
+    tiny, notebook = at(records, "tiny"), "nbs/coleaf.ipynb"
+    if of(tiny, "coleaf"):
+        for setting, table in settings(plan("coleaf", "6", "tiny", (1,)), tiny, notebook=notebook).items():
+            yield f"coleaf_6_{setting}", table
+    for number in "67": yield f"coleaf_{number}_nothing", against_nothing("coleaf", number)
+    pair = {n: of(tiny, m) for n, m in (("CMPAE", "cmpae"), ("CoLeaF", "coleaf"))}
+    ways = {"fixed thresholds": None, "searched with the kept weights": SELECTED, "searched early": EARLY}
+    rule = {f"{n}, {w}": r for n, rs in pair.items() for w, r in ways.items() if rs and all(r is None or has_selected(x, r) for x in rs)}
+    if rule:
+        yield "coleaf_thresholds", compare({k: pair[k.split(",")[0]] for k in rule}, rule=rule, floors=False, average=False,
+                                           metrics=("A", "V", "AV", "Ao", "Vo"), caption="Fixed and selected thresholds, tiny")
+    readings = {k: {f: str(getattr(READINGS[v], f)) for f in READINGS[v].__dataclass_fields__} for k, v in (("paper", "paper"), ("code", "official"))}
+    yield "coleaf_readings", table_of(DataFrame(readings), "CoLeaF: two readings", notebook=notebook)
+    yield "coleaf_cost", cost_table()
+    yield "errata", errata(list(TABLES))
+    stages = {"MA base": of(tiny, "ma_cl_only"), "MA": of(tiny, "ma")}
+    if all(stages.values()):
+        printed = {"MA base": reported("ma", 2, "ma_cl_only"), "MA": reported("ma", 2, "ma")}
+        yield "ma_stages", compare(stages, printed, caption="Stage 1 and stage 3 beside MA, Table 2, tiny", notebook="nbs/ma.ipynb")
+    if of(tiny, "han"): yield "han_rules", rules_table(of(tiny, "han"), "HAN under every rule, tiny")
+
+
+def systems(records):
+    "Every system that was run on LLP: (stem, table); and what its picture of cost needs"
+    tiny = at(records, "tiny")
+    def runs(n):
+        wanted = experiment(system_spec(n, scale="tiny").plain())
+        return sorted((r for r in tiny if experiment(r["spec"]) == wanted), key=lambda r: r["seed"])
+    return {n: rs for n in system_names() if (rs := runs(n))}
+
+
+def zoo(records):
+    "All systems in one table: (stem, table)"
+    found = systems(records)
+    if len(found) < 3: return
+    columns = ["system", "year", "idea", "builds on", "parameters", "operations", "seconds", "ours", "printed", "printed in"]
+    table, flat = with_runs(cards(list(found), "tiny"), found), [r for rs in found.values() for r in rs]
+    yield "zoo_systems", table_of(table[columns].set_index("system"), "All systems at scale tiny, 1 seed", flat, notebook="nbs/zoo.ipynb")
+    yield "zoo_scores", compare({method_name(n): rs for n, rs in found.items()}, caption="All systems at scale tiny, F-scores in %")
+
+
+def judged(records):
+    "Verdicts and findings where networks were trained: (stem, table)"
+    for scale in SCALES:
+        here = [r for d in ("llp", *DATASET.values()) for r in at(records, scale, d)]
+        if scale in UNTRAINED or not at(records, scale): continue
+        lines = judge_claims(here, list(TABLES), scale)
+        yield f"claims_overview_{scale}_simulated", claims_page.overview(lines)
+        for p in TABLES: yield f"claims_{p}_{scale}_simulated", claims_page.claims_table(lines, p)
+        for e in EXPERIMENTS:
+            found = findings(e, here, scale)
+            if found.records: yield f"findings_{e}_{scale}", found.table()
+
+
+def tables(records):
+    "Every table that records decide: stem -> `Table`"
+    return {stem: t for part in (planned, by_rule, taken_apart, one_paper, zoo, judged) for stem, t in part(records)}
+
+
+# ---------------------------------------------------------------- pictures
+
+def from_runs(records):
+    "Pictures of run records: (stem, figure, provenance)"
+    pair = most(records, "jomold", "dgm+msdu")
+    if pair:
+        names, source = ("JoMoLD", "JoMoLD + DGM + MSDU, γ=0.1"), provenance([*pair[0], *pair[1]], notebook="nbs/dgm.ipynb")
+        yield "dgm_fig5_losses", plot_losses(*pair, names=names), source
+        yield "dgm_modulation", plot_modulation(pair[1]), source
+        curves = {n: figures_dgm.score_curves(rs) for n, rs in zip(names, pair)}
+        yield "dgm_fig1_scores", figures_dgm.plot_scores(curves, mark_of(pair[1])), source
+    for m in most(records, "han")[:1]: yield "han_losses", plot_terms(m), provenance(m, notebook="nbs/han.ipynb")
+    pair = most(records, "ma_cl_only", "ma")
+    if pair: yield "ma_losses", plot_terms({"stage 1": pair[0], "stage 3": pair[1]}), provenance([*pair[0], *pair[1]], notebook="nbs/ma.ipynb")
+    pair = most(records, "cmpae", "coleaf")
+    if pair:
+        source = provenance([*pair[0], *pair[1]], notebook="nbs/coleaf.ipynb")
+        yield "coleaf_losses", plot_terms({"CMPAE": pair[0], "CoLeaF": pair[1]}, ["audio", "visual", "video"]), source
+        yield "coleaf_exchange", figures_coleaf.plot_exchange(pair[1]), provenance(pair[1], notebook="nbs/coleaf.ipynb")
+    found = systems(records)
+    flat = [r for rs in found.values() for r in rs]
+    if len(found) > 2: yield "zoo_cost", plot_cost(with_runs(cards(list(found), "tiny"), found), "ours", mark_of(flat)), provenance(flat)
+
+
+def verdicts(records):
+    "Pictures of verdicts and of one claim: (stem, figure, provenance)"
+    for scale in SCALES:
+        here = [r for d in ("llp", *DATASET.values()) for r in at(records, scale, d)]
+        if scale in UNTRAINED or not at(records, scale): continue
+        lines = judge_claims(here, list(TABLES), scale)
+        behind = {p: claims_page.claims_table(lines, p).provenance for p in TABLES}
+        for p in TABLES: yield f"claims_{p}_{scale}_simulated", claims_page.plot_verdicts(lines, p), behind[p]
+        yield f"claim_D-general-han_{scale}_simulated", claims_page.plot_claim(lines, "D-general-han"), behind["dgm"]
+
+
+def from_data(_):
+    "Pictures of the simulated clips and of the networks: (stem, figure, provenance)"
+    with tempfile.TemporaryDirectory() as folder: data = load_data(DataSpec(), "tiny", folder)
+    test, truth = data["test"], (data["test"].dense_audio, data["test"].dense_visual)
+    apart = figures_han.asynchronous(*truth, test.ids)
+    for stem, part, nb in (("han_fig1_task", apart, "han"), ("coleaf_fig1_task", apart[apart["both"] > 0].reset_index(drop=True), "coleaf")):
+        video, clip, name = figures_han.pair_to_show([part, apart], *truth, test.ids)
+        fig = figures_han.plot_task(truth[0][video], truth[1][video], name, features=(test.audio[video], test.frames[video]),
+                                    mark=test.mark, title=f"{class_name(name)} in {clip}")
+        yield stem, fig, data_provenance(test, f"nbs/{nb}.ipynb", video=clip, scale="tiny")
+    source = data_provenance(test, "nbs/han.ipynb", scale="tiny")
+    counts = figures_han.event_counts(*((data[s].dense_audio, data[s].dense_visual) for s in ("val", "test")))
+    yield "han_fig2_events", figures_han.plot_event_counts(counts, test.mark), source
+    samples = apart.drop_duplicates("index")[:3]
+    yield "han_fig2_samples", figures_han.plot_samples(*truth, samples, test.ids, mark=test.mark), source
+    yield from networks(data["train"])
+
+
+def networks(train):
+    "Diagrams drawn from the modules: (stem, figure, provenance)"
+    sizes, drawn = network_sizes(train), partial(data_provenance, None)
+    def built(method, backbone=None): return METHODS[method].build(RunSpec(method, backbone=backbone, scale="tiny").plain(), sizes)
+    plain, dgm, (net, _, callbacks) = built("jomold")[0], built("dgm", "jomold")[0], built("coleaf")
+    references = next(c.references for c in callbacks if hasattr(c, "references"))
+    yield "han_fig3_pipeline", figures_han.diagram_han(built("han")[0]), drawn("nbs/han.ipynb")
+    yield "dgm_fig2_framework", figures_dgm.diagram_dgm(dgm), drawn("nbs/dgm.ipynb")
+    yield "dgm_fig3_pipelines", figures_dgm.diagram_pipelines(plain, dgm), drawn("nbs/dgm.ipynb")
+    yield "coleaf_fig2_framework", figures_coleaf.diagram_coleaf(net, references), drawn("nbs/coleaf.ipynb")
+    yield "coleaf_cost", plot_tokens(), drawn("nbs/coleaf.ipynb")
+    yield "zoo_family", plot_family(), drawn("nbs/zoo.ipynb")
+
+
+def write(records, folder):
+    "Every table and picture below a folder, as figures/ has them"
+    import matplotlib
+    matplotlib.use("Agg")
+    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    for stem, table in tables(records).items(): table.save(folder / "tables" / stem)
+    for part in (from_runs, verdicts, from_data):
+        for stem, fig, source in part(records):
+            save_figure(fig, folder / stem, source)
+            matplotlib.pyplot.close(fig)
+
+
+# ---------------------------------------------------------------- what stands in README.md
+
+GAINS = (   # a gain in words, both systems, printed table, key
+    ("DGM + MSDU over HAN", "dgm+msdu@han", "han", ("dgm", "VII"), AVG),
+    ("DGM + MSDU over JoMoLD", "dgm+msdu", "jomold", ("dgm", "VII"), AVG),
+    ("JoMoLD over HAN", "jomold", "han", ("dgm", "VII"), AVG),
+    ("MA over HAN", "ma", "han", ("ma", "1"), ("segment", "Type@AV")),
+    ("CoLeaF over CMPAE, its Anchor", "coleaf", "cmpae", ("coleaf", "5"), ("event", "Vo")),
+    ("CoLeaF on HAN over HAN", "coleaf@han", "han", ("coleaf", "5"), ("event", "Vo")))
+
+
+def printed_number(table, method, key):
+    "A printed score; AVG is the mean of ten"
+    return printed_rows(reported(*table, method, variant=""))[0].mean[key]
+
+
+def gain_line(records, name, ours, base, table, key):
+    "A line of the README's table"
+    both = [of(records, m) for m in (ours, base)]
+    printed = f"{printed_number(table, ours, key) - printed_number(table, base, key):+.1f}"
+    got = gained(*both, key) if all(both) else None
+    seeds = f"{got.seeds} seed{'s' * (got.seeds > 1)}" if got else ""
+    told = f"{got} ({seeds})" if got else "not run yet"
+    score = "mean of ten scores" if key == AVG else " ".join(key)
+    return f"| {name} | {score} | {printed} | {told} |".replace("-", "−")
+
+
+def calibration(records):
+    "One sentence: HAN at the scale at which the simulator was calibrated"
+    rs = [r for r in records if scale_of(r) == "calibration" and r["spec"]["method"] == "han"]
     if not rs: return ""
-    table = compare({"HAN": rs}, {"HAN": reported("dgm", "VII", "han")}, floors=False, caption="HAN, calibration of the simulator (10,000 videos, 4 epochs)")
-    return table.to_markdown()
+    ours, theirs = compare({"HAN": rs}, floors=False).rows[0].mean[AVG], printed_number(("dgm", "VII"), "han", AVG)
+    return (f"The simulator was calibrated on one printed row, HAN's: the mean of its ten scores is {ours:.2f} here and {theirs:.2f} "
+            "in print. Every other level is the simulator's, so gains are compared and levels are not.")
+
+
+def decided(records, scale="small"):
+    "The findings that are decided, and how many are not"
+    said = {f.sentence: f for e in EXPERIMENTS for f in findings(e, records, scale).found}
+    known = [f.sentence for f in sorted(said.values(), key=lambda f: f.rank) if f.rank < 3]
+    lines, left = "\n".join(f"- {s}" for s in known), len(said) - len(known)
+    told = f"Tested with at least three seeds (points, intervals of 95 %):\n\n{lines}\n\n" if known else ""
+    return f"{told}Undecided are {left} of {len(said)} questions: fewer than three seeds, or not run at this scale."
+
+
+def took(records):
+    "Median training time of the three networks of the main job, and on what"
+    found = {"the noise estimator": of(records, System("jomold_estimator")), "JoMoLD": of(records, "jomold"),
+             "JoMoLD with DGM + MSDU": of(records, "dgm+msdu")}
+    if not all(found.values()): return ""
+    times = {n: median(r["wall_time"] for r in rs) / 60 for n, rs in found.items()}
+    hw = found["JoMoLD"][0]["hardware"]
+    where = f"{hw.get('gpu') or hw['processor']}, {hw['threads']} thread{'s' * (hw['threads'] > 1)}"
+    parts = ", ".join(f"{t:.1f} min for {n}" for n, t in times.items())
+    return f"`make dgm` trained {sum(times.values()):.0f} min on {where}, busy with other work: {parts}."
 
 
 def block():
     "The generated text"
-    parts = [s for s in (section("jomold", True), section("han", False), coleaf(), calibration()) if s]
-    return "\n\n".join(parts) or "No committed records yet."
+    records = committed()
+    small = at(records, "small")
+    head = "| gain in points | score | printed | ours, simulated, small |\n|---|---|---:|---:|"
+    table = "\n".join([head, *(gain_line(small, *g) for g in GAINS)])
+    parts = [table, "Printed gains are differences of single runs on real features; ours have a 95 % interval over seeds, and none for one seed.",
+             calibration(records), decided(small), took(small)]
+    return "\n\n".join(filter(None, parts))
 
 
 def readme(text):
@@ -89,8 +368,42 @@ def readme(text):
     return f"{before}{START}\n{block().strip()}\n{END}{rest.split(END)[1]}"
 
 
-if __name__ == "__main__":
-    path = ROOT / "README.md"
+# ---------------------------------------------------------------- command
+
+def stems(folder):
+    "Tables and pictures of figures/: path without suffix -> files. Other folders and other kinds of files are nobody's business here"
+    out = {}
+    for p in sorted([*folder.glob("*"), *folder.glob("tables/*")]):
+        where = p.relative_to(folder)
+        if p.is_file() and p.suffix in MADE and where.name != "README.md":
+            out.setdefault(where.with_suffix("").as_posix(), []).append(p)
+    return out
+
+
+def differences(made):
+    "Files of figures/ that are missing, differ, or that nothing makes any more"
+    new = {p.relative_to(made): p.read_bytes() for ps in stems(made).values() for p in ps}
+    old = {p.relative_to(FIGURES): p.read_bytes() for k, ps in stems(FIGURES).items() if k not in KEPT for p in ps}
+    return {k: new.get(k) for k in sorted({*new, *old}) if new.get(k) != old.get(k)}
+
+
+def main(args):
+    "Write, or only look"
+    path, found = ROOT / "README.md", {}
+    if "--readme" not in args:
+        with tempfile.TemporaryDirectory() as folder:
+            write(committed(), Path(folder))
+            found = differences(Path(folder))
     new = readme(path.read_text(encoding="utf-8"))
-    if "--check" in sys.argv: sys.exit(path.read_text(encoding="utf-8") != new)
-    path.write_text(new, encoding="utf-8")
+    if new != path.read_text(encoding="utf-8"): found[Path("../README.md")] = new.encode()
+    for name, data in found.items():
+        print(name, "goes" if data is None else "differs or is new")
+        if "--check" in args: continue
+        if data is None: (FIGURES / name).unlink()
+        else: (FIGURES / name).write_bytes(data)
+    return int(bool(found) and "--check" in args)
+
+
+if __name__ == "__main__":
+    try: sys.exit(main(sys.argv[1:]))
+    except InputError as e: sys.exit(str(e))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'PROTOCOLS', 'SYSTEMS', 'RECIPE', 'BY_PROTOCOL', 'SMALL_RECIPES', 'OPTIONS', 'COMMON',
-           'LEAN', 'ENTRY', 'LOCALISER_ENTRY', 'Localiser', 'psp_width', 'prepare', 'clip_class',
-           'LocaliserLoss', 'HeadsLoss', 'ModulatePSP', 'psp_callbacks', 'build_psp', 'check_psp',
-           'build_localiser']
+           'LEAN', 'ENTRY', 'LOCALISER_ENTRY', 'Localiser', 'psp_width', 'is_weak', 'prepare',
+           'clip_class', 'LocaliserLoss', 'HeadsLoss', 'ReleasedOrder', 'ModulatePSP',
+           'psp_callbacks', 'build_psp', 'check_psp', 'build_localiser']
 
 # %% ../../nbs/methods/25_localisers.ipynb #7c598f9e
 import numpy as np
@@ -17,9 +17,10 @@ from ..core import InputError, Located, check_choice
 from .ave import AVELocaliser
 from .dgm import APPLY, DGM, MEASURES, coefficients, imbalance
 from .method import Method, register, some
-from .psp import (LAYOUTS, MEASURED, PSP, TAU, SeparateHeads, ave_full_terms, ave_weak_terms,
-                                 clip_evidence, full_terms, pair_targets, psp_groups, second_evidence,
-                                 separate, separate_terms, weak_terms)
+from ..train.learner import Callback
+from .psp import (LAYOUTS, MEASURED, PSP, TAU, Batches, PairTargets, SeparateHeads,
+                                 ave_full_terms, ave_weak_terms, clip_evidence, full_terms, pair_targets,
+                                 psp_groups, second_evidence, separate, separate_terms, weak_terms)
 
 # %% ../../nbs/methods/25_localisers.ipynb #37fe7621
 PLACE = 512   # numbers of a region
@@ -50,11 +51,13 @@ def psp_width(net: PSP) -> tuple:
     return 2*net.audio.lstm.hidden_size, net.head[2].out_features
 
 # %% ../../nbs/methods/25_localisers.ipynb #60e79f3e
-PROTOCOLS = ("weak", "full")
+PROTOCOLS = ("weak", "full", "released_weak", "released_full")   # the last two: with the released loaders
+
+def is_weak(protocol: str) -> bool: return protocol.endswith("weak")
 
 def prepare(plain: dict, product, clips):
     "Training clips as a protocol wants them: those of background only for weak supervision"
-    if plain["protocol"] == "weak": return clips
+    if is_weak(plain["protocol"]): return clips
     own = clips[np.flatnonzero(clips.rows >= 0)]
     return own.with_labels(seconds=own.dense_audio)
 
@@ -65,21 +68,35 @@ def clip_class(weak):   # (B,C) shares, background last
     return nn.functional.one_hot(which, weak.shape[1]).to(weak)
 
 class LocaliserLoss:
-    "PSP's or AVE's loss, with terms of separate heads where the network has some"
-    def __init__(self, psp: bool, weak: bool): self.psp, self.weak = psp, weak
+    "PSP's or AVE's loss; `official` targets of pairs are never cleared, see `psp.PairTargets`"
+    def __init__(self, psp: bool, weak: bool, official: bool = False):
+        self.psp, self.weak, self.official, self.pairs = psp, weak, official, PairTargets(official)
 
     def __call__(self, parsing, batch) -> dict:
         "Named terms"
         out = parsing.extra["out"]
         if self.weak: return (weak_terms if self.psp else ave_weak_terms)(out, batch.weak)
         y = batch.labels["seconds"]
-        return full_terms(out, y, pair_targets(y)) if self.psp else ave_full_terms(out, y)
+        target = self.pairs(y) if self.official else pair_targets(y)
+        return full_terms(out, y, target) if self.psp else ave_full_terms(out, y)
 
 class HeadsLoss(LocaliserLoss):
     "PSP's loss plus that of the separate heads (weight 1)"
     def __call__(self, parsing, batch) -> dict:
         given = {"target": batch.weak} if self.weak else {"labels": batch.labels["seconds"]}
         return {**super().__call__(parsing, batch), **separate_terms(parsing.extra["parts"], **given)}
+
+# %% ../../nbs/methods/25_localisers.ipynb #1b4c0ea5
+class ReleasedOrder(Callback):
+    "Batches in the order of the released loaders, from seed and epoch, and what the targets still hold"
+    def __init__(self, weak: bool, pairs: PairTargets): self.weak, self.pairs = weak, pairs
+    def batches(self, learner) -> list:
+        n = len(learner.train)
+        made = Batches(n, min(learner.batch_size, n), learner.seed, self.weak)
+        for _ in range(learner.epoch): made.epoch()
+        return made.epoch()
+    def state_dict(self): return {"held": self.pairs.held}
+    def load_state_dict(self, state): self.pairs.held = state["held"]
 
 # %% ../../nbs/methods/25_localisers.ipynb #37b79f17
 class ModulatePSP(DGM):
@@ -114,7 +131,7 @@ def psp_callbacks(o: dict) -> list:
 
 # %% ../../nbs/methods/25_localisers.ipynb #f742e59e
 RECIPE = dict(lr=1e-3, batch_size=128, epochs=300, step=80, factor=.8, drops=2, select="segment/accuracy")
-BY_PROTOCOL = {"full": dict(step=60)}
+BY_PROTOCOL = dict.fromkeys(("full", "released_full"), dict(step=60))
 SMALL_RECIPES = {"tiny": dict(epochs=10, step=8, select="segment/accuracy"),
                  "small": dict(epochs=30, step=20, select="segment/accuracy")}
 OPTIONS = dict(modulation="none", gamma=0.1, measure="fusion", noise=True, target="encoder",
@@ -134,10 +151,11 @@ def _widths(sizes: dict, o: dict) -> dict:
 # %% ../../nbs/methods/25_localisers.ipynb #8b531116
 def build_psp(plain: dict, sizes: dict, product=None):
     "PSP, its loss and its modulation"
-    o, weak = plain["options"], plain["protocol"] == "weak"
+    o, weak, released = plain["options"], is_weak(plain["protocol"]), "released" in plain["protocol"]
     net = PSP(weak=weak, tau=TAU[weak], attention=o["attention"], **_widths(sizes, o))
-    loss = (HeadsLoss if o["measured"] == "msdu" else LocaliserLoss)(True, weak)
-    return Localiser(net, o["measured"]), loss, psp_callbacks(o)
+    loss = (HeadsLoss if o["measured"] == "msdu" else LocaliserLoss)(True, weak, released)
+    order = [ReleasedOrder(weak, loss.pairs)] if released else []
+    return Localiser(net, o["measured"]), loss, psp_callbacks(o) + order
 
 def check_psp(plain: dict):
     "Refuse impossible options"
@@ -148,20 +166,20 @@ def check_psp(plain: dict):
 
 def build_localiser(plain: dict, sizes: dict, product=None):
     "AVE's own network and its loss"
-    weak = plain["protocol"] == "weak"
+    weak = is_weak(plain["protocol"])
     o = plain["options"]
     net = AVELocaliser(weak=weak, attention=o["attention"], **_widths(sizes, o))
     return Localiser(net), LocaliserLoss(False, weak), []
 
 # %% ../../nbs/methods/25_localisers.ipynb #d9b20894
-COMMON = dict(protocols=PROTOCOLS, prepare=prepare, recipe=RECIPE, rule="highest", task="localisation",
+COMMON = dict(prepare=prepare, recipe=RECIPE, rule="highest", task="localisation",
               recipe_by_protocol=BY_PROTOCOL, recipe_by_scale=SMALL_RECIPES)
 LEAN = {"tiny": {"dim": 128, "hidden": 64}}
 ENTRY = register("psp", Method(
-    OPTIONS, build=build_psp, check=check_psp, by_scale=LEAN, official=LAYOUTS, **COMMON,
+    OPTIONS, PROTOCOLS, build_psp, check_psp, by_scale=LEAN, official=LAYOUTS, **COMMON,
     rows={"psp": {}, "dgm@psp": {"modulation": "dgm"}}, names={"psp": "PSP"}, year=2021,
     idea="sound and picture of seconds that resemble each other exchange features; weak pairs are cut"))
 LOCALISER_ENTRY = register("ave_localiser", Method(
-    some(OPTIONS, "dim", "hidden") | {"attention": "paper"}, build=build_localiser, by_scale=LEAN,
+    some(OPTIONS, "dim", "hidden") | {"attention": "paper"}, PROTOCOLS[:2], build_localiser, by_scale=LEAN,
     names={"ave_localiser": "AVE on AVE"}, year=2018, **COMMON,
     idea="sound chooses regions of the picture; two LSTMs, one class or background a second"))

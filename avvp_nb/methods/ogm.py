@@ -13,7 +13,6 @@ __all__ = ['FUSIONS', 'TIES', 'PROTOCOLS', 'WHICH', 'TARGETS', 'RECIPE', 'SMALL_
 import math
 from typing import NamedTuple, Optional
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F

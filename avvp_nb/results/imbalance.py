@@ -68,7 +68,7 @@ STUDIES = {
         ("video", "accuracy"), (("video", "audio"), ("video", "visual")), "SGD"),
     "ave": Study("psp", _AVE, _visual(5.5, 3., 1.5, settings={"side": 3}), ("segment", "accuracy"),
                  (("segment", "audio"), ("segment", "visual")), "Adam"),
-    "llp": Study("han", _LLP, _visual(5.5, 3., 1.5), ("segment+event", "AVG"),
+    "llp": Study("han", _LLP, _visual(5.5, 3.), ("segment+event", "AVG"),
                  (("segment", "A"), ("segment", "V")), "Adam",
                  dict.fromkeys(("dgm", "ogm", "ogm_ge"), "han"))}
 
@@ -159,9 +159,11 @@ def plot_study(found: dict):   # data set: level: label: records
             ax.axvline(0, color="k", lw=.7, ls="--")
             ax.set(title=f"{dataset_title(dataset)} ({STUDIES[dataset].optimiser})", xlabel="gain, points")
         axes[0, 0].set_yticks(range(len(names)), names); axes[0, 0].invert_yaxis()
-        axes[0, -1].legend(fontsize=7)
+        axes[0, 0].legend(fontsize=7, loc="lower left")
         what = f"Gains of {len(names)} systems over plain training on {', '.join(map(dataset_title, found))}."
-        return finish(fig, mark_of(every), what)
+        n = len({r["spec"]["seed"] for r in every})
+        words = marked_as(mark_of(every)), scale_of(every[0]), f"{n} seeds"
+        return finish(fig, " · ".join(filter(None, words)), what)
 
 # %% ../../nbs/results/28_imbalance.ipynb #86882639
 QUESTIONS = {"the scaling alone": ("scaling alone", "OGM"), "the noise alone": ("noise alone",),
@@ -177,6 +179,14 @@ def _counted(gains: list) -> str:
     said = f"{low:+.1f} to {high:+.1f} points over plain training" if len(gains) > 1 else f"{low:+.1f} points"
     return f"{said}; certain gains {up}, certain losses {down}, of {len(gains)}".replace("-", "−")
 
+def _by_chance(found: dict) -> list:
+    "How many intervals leave out 0, and how many would if nothing had an effect"
+    gains = [e.gain for d, by in found.items() for one in by.values() for k, e in effects(d, one).items()
+             if k != "plain" and e.gain.seeds >= 3]
+    if not gains: return []
+    return [f"In all, {sum(g.certain for g in gains)} of {len(gains)} intervals leave out 0; "
+            f"about {.05*len(gains):.0f} would if nothing had an effect."]
+
 def findings_of(found: dict) -> list:   # data set: level: label: records
     "Sentences on what each ingredient gains, rendered from records"
     lines = []
@@ -188,4 +198,4 @@ def findings_of(found: dict) -> list:   # data set: level: label: records
         for what, names in QUESTIONS.items():
             gains = [e[k].gain for e in all_effects.values() for k in names if k in e]
             if gains: lines.append(f"{where}, {what}: {_counted(gains)}.")
-    return lines
+    return lines + _by_chance(found)

@@ -17,7 +17,8 @@ from ..core import PALETTE, InputError, check_choice
 from ..counts import check_mask, check_pairs
 from ..metrics import RULES, llp_floors
 from .compare import mean_sd, simulated_note
-from .groups import check_comparable, check_repeats, checked, mark_of, provenance, scale_of
+from .groups import (check_comparable, check_repeats, checked, mark_of, marked_as, provenance,
+                                    scale_of)
 from .plots import drawing, finish
 from .reported import reported_long
 from .table import Row, Table
@@ -167,7 +168,8 @@ def _our_rows(records, store, clips, rule, average) -> dict:
     "{rate: Row} averaged over seeds"
     frames = [_cells(context_rates(r, store, clips, rule, average)) for r in records]
     mark, n, scale = mark_of(records), len(records), scale_of(records[0])
-    source = f"ours, per {average[:-1]}, {f'{marked_as(mark)}, ' if mark else ''}{scale}, {n} seed{'s'*(n > 1)}"
+    words = ["ours", f"per {average[:-1]}", marked_as(mark), scale, f"{n} seed{'s'*(n > 1)}"]
+    source = ", ".join(filter(None, words))
     info = {"seeds": n, "runs": [r["key"] for r in records], "rule": rule or records[0]["rule"],
             "scale": scale, "mark": mark}
     return {r: Row(r, source, "ours", *mean_sd([f[r] for f in frames]), info=info) for r in RATES}

@@ -20,13 +20,14 @@ import pandas as pd
 
 from ..core import InputError, atomic_write, file_hash, write_json
 from ..counts import LEVELS
+from ..records.provenance import REAL_SIGNALS, mark_facts
 from .groups import marked_as, provenance, provenance_notes
 from .reported import AVG, in_order
 
 # %% ../../nbs/results/02_table.ipynb #d692a79c
 @dataclass
 class Row:
-    "One line of a `Table`; `InputError` when it has a mark and does not say *simulated* or *invented*"
+    "One line of a `Table`; `InputError` when it has a mark and its source does not say the word of that mark"
     name: str                                       # what it is about
     source: str                                     # where its numbers come from
     kind: str                                       # a key of `KIND_STYLE`, "printed" or ""
@@ -42,6 +43,9 @@ class Row:
         if word not in self.source:
             raise InputError(f"has {word} numbers but does not say so", where=f"row '{self.name}'",
                              expected=f"the word '{word}' in its source")
+        if word != REAL_SIGNALS and REAL_SIGNALS in self.source:
+            raise InputError(f"says {REAL_SIGNALS}, yet its numbers are {word or 'not marked so'}",
+                             where=f"row '{self.name}'", expected="the word of the mark of its data")
 
 # %% ../../nbs/results/02_table.ipynb #5b6a07d6
 SIGNED = ("difference", "gain", "printed gain", "claim")   # kinds of rows whose numbers show their sign
@@ -84,6 +88,14 @@ def _frame(table, f):
     return pd.DataFrame([[f(r, k) for k in table.columns] for r in table.rows], index,
                         pd.MultiIndex.from_tuples(table.columns))
 
+def _check_rows(table):
+    "Raise an `InputError` for a table without rows, or with real signals beside other measured ones"
+    if not table.rows: raise InputError("a table needs at least one row", where="rows")
+    words = {marked_as(r.info["mark"]) or "real" for r in table.rows if "mark" in r.info}
+    if len(words) > 1 and REAL_SIGNALS in words:
+        raise InputError(f"mixes {' and '.join(sorted(words))}", where=table.caption or "table",
+                         expected="one kind of evidence", fix="make a table for each")
+
 class Formats:
     "The formats of a table as methods, and the mark that each of them carries"
     @property
@@ -109,7 +121,7 @@ class Table(Formats):
     provenance: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.rows: raise InputError("a table needs at least one row", where="rows")
+        _check_rows(self)
         if self.columns is None: self.columns = columns_of(self.rows)
         more = [n for n in provenance_notes(self.provenance) if n not in self.notes]
         self.notes = [*self.notes, *more]
@@ -295,7 +307,7 @@ PAGE = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{}<
 def _save_provenance(stem, paths, prov, caption, mark):
     "Write the JSON that belongs to the files of a table or figure"
     path = Path(f"{stem}.json")
-    write_json({**prov, "mark": mark, "simulated": "simulated" in mark, "caption": caption,
+    write_json({**prov, **mark_facts(mark), "caption": caption,
                 "files": {p.name: file_hash(p) for p in paths}}, path)
     return path
 

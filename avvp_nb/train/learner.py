@@ -342,15 +342,13 @@ def groups_of(model) -> list:
     return groups
 
 # %% ../../nbs/train/00_learner.ipynb #b066d0ed
-def _adam(params, lr): return torch.optim.Adam(params, lr, fused=True)
-def _sgd(params, lr): return torch.optim.SGD(params, lr, momentum=.9, weight_decay=1e-4)
-
-OPTIMIZERS = {"adam": _adam,    # all papers on LLP, and PSP
-              "sgd": _sgd}      # OGM-GE on CREMA-D: momentum .9, weight decay 1e-4
+OPTIMIZERS = {"adam": lambda p, lr: torch.optim.Adam(p, lr, fused=True),     # all papers on LLP, and PSP
+              "sgd": lambda p, lr: torch.optim.SGD(p, lr, momentum=.9, weight_decay=1e-4)}   # OGM-GE
 
 # %% ../../nbs/train/00_learner.ipynb #9e722396
 class Step(Forward):
     "What happens to one batch"
+    drops = float("inf")     # so often the rate is reduced at most
     def __call__(self, moment: str):
         "Tell all callbacks that `moment` has come"
         for cb in self.callbacks: getattr(cb, moment)(self)
@@ -358,6 +356,11 @@ class Step(Forward):
     def rate(self, epoch: int) -> float:
         "Learning rate of an epoch, counted from 0"
         return self.lr*self.factor**min(epoch//self.step, self.drops)
+
+    def order(self) -> list:
+        "Positions of each batch of this epoch: a shuffle, or what the first callback with `batches` says"
+        own = next((cb.batches for cb in self.callbacks if hasattr(cb, "batches")), None)
+        return own(self) if own else batches(len(self.train), self.batch_size, self.seed, self.epoch)
 
     def one_batch(self, idx):
         "Forward, loss, backward, step; the detached terms (K,)"
@@ -385,7 +388,7 @@ class Loop(Step):
         for g in self.opt.param_groups:
             g["lr"] = self.rate(self.epoch)*g.get("scale", 1)
             g["capturable"] = self.engine == "graphs"
-        with self.steps(): self.all_batches(batches(len(self.train), self.batch_size, self.seed, self.epoch))
+        with self.steps(): self.all_batches(self.order())
 
     def all_batches(self, todo: list):
         "The steps of an epoch"

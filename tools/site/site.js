@@ -71,6 +71,7 @@
   function sortable(table) {
     const body = table.tBodies[0], original = groups(body), heads = [...table.tHead.rows].at(-1).cells;
     [...heads].forEach((th, column) => {
+      if (!th.textContent.trim()) return;
       const button = make("button", {type: "button", className: "sorter", title: "Sort"}, ...th.childNodes);
       th.append(button);
       button.addEventListener("click", () => {
