@@ -59,7 +59,7 @@ def test_every_form_of_a_result_says_real_signals_and_none_says_simulated(tmp_pa
 
 @pytest.mark.parametrize("simulated, mark", [(True, "simulated v1"), (False, ""), (True, "invented numbers")])
 def test_the_three_never_share_a_table(simulated, mark):
-    other = [r | {"data": r["data"] | {"simulated": simulated, "mark": mark}} for r in of_signals("jomold")]
+    other = [r | {"data": {"simulated": simulated, "mark": mark, "identity": {}}} for r in of_signals("jomold")]
     for mixed in (False, True):
         with pytest.raises(InputError, match="different data|mixes"): C.ours({"a": of_signals(), "b": other}, mixed=mixed)
     with pytest.raises(InputError, match="mixes"): C.stack([C.ours(of_signals()), C.ours(other)])
