@@ -43,7 +43,6 @@ from avvp_nb.data.cremad_files import (
     spectrogram,
     training_pictures,
 )
-from avvp_nb.data.cremad_task import one_second
 from avvp_nb.data.cremad_simulate import (
     CremadParams,
     ceilings,
@@ -54,6 +53,7 @@ from avvp_nb.data.cremad_simulate import (
     simulate_cremad,
     write_cremad,
 )
+from avvp_nb.data.cremad_task import one_second
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def test_an_experiment_without_outputs_is_noticed():
 
 
 PAGES = ("han", "ma", "dgm", "coleaf", "zoo", "claims", "ave", "cremad", "imbalance")
-RECORDS = {p.stem for p in (ROOT / "figures" / "records").glob("*.json")}
+RECORDS = {p.stem for p in (ROOT / "figures" / "records").rglob("*.json")}
 
 
 def runs_of(nb):
@@ -98,7 +98,6 @@ def runs_of(nb):
 def test_every_run_that_an_experiment_shows_is_committed(name):
     shown = runs_of(next(nb for nb in EXPERIMENTS if nb.name == name))
     assert shown, f"{name} shows no runs"
-    if not shown & RECORDS and name in ("ave", "cremad", "imbalance"): pytest.skip(f"no run of {name} is in figures/records yet")
     assert not shown - RECORDS
 
 
