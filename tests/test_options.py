@@ -80,7 +80,7 @@ SWITCHES = {
                 "sound": ["yamnet-1024", {"sound": "yamnet", "pictures": "efficientnet"}], "pictures": "efficientnet",
                 "bundle": "BUNDLE", "fresh": True, "device": "cpu"},
     "video": {"video": "VIDEO", "backend": {"backend": "small", "model": "MODEL"}, "heard_threshold": .6, "seen_threshold": .05,
-              "model": "MODEL", "frames": "official"},
+              "model": {"model": "MODEL", "backend": "small"}, "frames": "official"},
     "speed": {"scale": "small", "seeds": [[2, 3]], "batch_sizes": [[8]], "seconds": .2, "device": "cpu",
               "bench": "no/such/folder"},
 }

@@ -6,6 +6,7 @@ import matplotlib
 import pytest
 from tree import ROOT, load
 
+from avvp_nb.data.sources import DataSpec
 from avvp_nb.methods.zoo import METHODS
 from avvp_nb.records.spec import RunSpec, run_key
 from avvp_nb.results.claims import UNTRAINED
@@ -130,7 +131,8 @@ def test_the_keys_of_committed_records_are_those_that_a_run_would_have_today(rec
     for r in records:
         s = r["spec"]
         if not set(s["options"]) <= set(METHODS[s["method"]].options): continue   # one record is older than its options
-        again = RunSpec(s["method"], s["options"], s["backbone"], s["protocol"], scale=s["scale"], seed=s["seed"],
+        data = DataSpec(dataset=r["data"]["identity"].get("dataset", "llp"))
+        again = RunSpec(s["method"], s["options"], s["backbone"], s["protocol"], data=data, scale=s["scale"], seed=s["seed"],
                         precision=s["precision"], labels=s.get("labels"))
         assert again.plain() == s and run_key(again, r["data"]["identity"]) == r["key"], r["key"]
         checked += 1

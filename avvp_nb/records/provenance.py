@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..data.signals_features import PROVENANCE
 
 # %% ../../nbs/records/03_provenance.ipynb #f5639938
 def _refused(done) -> str:

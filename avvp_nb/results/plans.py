@@ -246,7 +246,8 @@ def draw(plan: Plan, records,
 
 # %% ../../nbs/results/13_plans.ipynb #94033cab
 def data_kind(data: DataSpec) -> str:
-    "`simulated`, `annotated` (real labels and simulated features) or `real`"
+    "`simulated`, `annotated` (real labels and simulated features), `real`, or `signals` (real signals)"
+    if data.dataset == "signals": return "signals"
     return "real" if data.features else "annotated" if data.annotations else "simulated"
 
 def table_stem(plan: Plan, store) -> Path:

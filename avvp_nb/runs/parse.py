@@ -334,7 +334,7 @@ def add_parse_arguments(p):
     p.add_argument("--seen-threshold", type=float, metavar="P", help="another one for what is seen")
     p.add_argument("--model", metavar="WEIGHTS", help="a trained network (.safetensors) that decides instead")
     p.add_argument("--official", metavar="METHOD",
-                   help="--model is a checkpoint released by the authors of METHOD, such as han")
+                   help="--model is a checkpoint released by the authors of METHOD")
     p.add_argument("--rule", choices=RULES, help="decision rule of --model; default: its own")
     p.add_argument("--stride", type=int, default=STRIDE, help="seconds from window to window of --model")
     p.add_argument("--frames", default="grid", choices=FRAMES, help="which pictures are looked at")

@@ -17,7 +17,6 @@ from ..records.store import Store, as_store
 from ..results.gains import gains
 from ..results.plans import Plan, data_kind, draw, load_records, plan, table_stem, with_first
 from ..results.rows import RATES, TABLES, all_tables
-from ..results.table import Table
 from .single import run, sweep_store
 from .stacked import run_stacked
 from ..train.learner import ENGINES, pick_device, using
