@@ -168,7 +168,7 @@ def run_specs(a) -> list:
 
 def side_by_side(records):
     "The table of some runs: F-scores, or accuracies"
-    if records[0].get("task", "parsing") == "parsing": return compare(records)
+    if not records or records[0].get("task", "parsing") == "parsing": return compare(records)
     return accuracy_table(group(records), caption="Accuracy in %, mean ± standard deviation over seeds")
 
 def cmd_run(a):

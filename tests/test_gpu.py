@@ -336,7 +336,7 @@ def test_the_records_of_a_bare_machine_are_like_any_others(report, small):
     for r in records:
         with safe_open(store.weight_path(r["key"]), "pt") as f: assert json.loads(f.metadata()["avvp_nb"])["key"] == r["key"]
         runs.load_weights(store.weight_path(r["key"]))
-    assert {p.stem for p in (out / "tables").glob("*.md")} == {f"ma_{t}_micro_simulated" for t in "1234"}
+    assert {p.stem for p in (out / "tables").glob("*.md")} == {f"ma_{t}_micro_simulated{x}" for t in "1234" for x in ("", "_gains")}
 
 
 def test_what_a_bare_machine_made_comes_home(report, tmp_path, small):

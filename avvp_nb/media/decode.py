@@ -26,7 +26,7 @@ from typing import Optional
 import numpy as np
 
 import avvp_nb
-from ..core import InputError, check_choice, read_json, write_json
+from ..core import InputError, check_choice, parse_json, read_json, write_json
 from ..limits import read_header
 from .container import (MOST_PIXELS, TAIL, Blocks, Groups, Track, audio_facts, decoded,
                                      open_media, packets, tracks_of, video_facts)
@@ -241,7 +241,7 @@ ARRAYS = ("pictures", "times", "waveform")
 
 def child_main():
     "What the process does: read its task from standard input, and write arrays, or an error, to a folder"
-    task = json.loads(sys.stdin.buffer.read())
+    task = parse_json(sys.stdin.buffer.read(), "task")
     folder, path = Path(task["folder"]), task["path"]
     optional("av", "reading media files")             # before memory is limited
     set_limits(task["seconds"], task["memory"])

@@ -90,7 +90,7 @@ class HeadsLoss(LocaliserLoss):
 class ReleasedOrder(Callback):
     "Batches in the order of the released loaders, from seed and epoch, and what the targets still hold"
     def __init__(self, weak: bool, pairs: PairTargets): self.weak, self.pairs = weak, pairs
-    def batches(self, learner) -> list:
+    def rows_of_epoch(self, learner) -> list:
         n = len(learner.train)
         made = Batches(n, min(learner.batch_size, n), learner.seed, self.weak)
         for _ in range(learner.epoch): made.epoch()

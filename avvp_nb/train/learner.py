@@ -357,9 +357,9 @@ class Step(Forward):
         "Learning rate of an epoch, counted from 0"
         return self.lr*self.factor**min(epoch//self.step, self.drops)
 
-    def order(self) -> list:
-        "Positions of each batch of this epoch: a shuffle, or what the first callback with `batches` says"
-        own = next((cb.batches for cb in self.callbacks if hasattr(cb, "batches")), None)
+    def rows_of_epoch(self) -> list:
+        "Positions of each batch of this epoch: a shuffle, or what the first callback with this method says"
+        own = next((cb.rows_of_epoch for cb in self.callbacks if hasattr(cb, "rows_of_epoch")), None)
         return own(self) if own else batches(len(self.train), self.batch_size, self.seed, self.epoch)
 
     def one_batch(self, idx):
@@ -388,7 +388,7 @@ class Loop(Step):
         for g in self.opt.param_groups:
             g["lr"] = self.rate(self.epoch)*g.get("scale", 1)
             g["capturable"] = self.engine == "graphs"
-        with self.steps(): self.all_batches(self.order())
+        with self.steps(): self.all_batches(self.rows_of_epoch())
 
     def all_batches(self, todo: list):
         "The steps of an epoch"
