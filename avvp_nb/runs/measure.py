@@ -311,10 +311,10 @@ def example_clips(spec: RunSpec, n: int, cache=None):
 def kind_seconds(spec: RunSpec, device="cpu", steps: int = 3, now=time.perf_counter, **kwargs) -> tuple:
     "Seconds of one training step of a spec (median of a few), and of parsing one video"
     size, device, seconds = spec.recipe()["batch_size"], pick_device(str(device)), []
+    cache = kwargs.pop("cache", None)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        clips = kwargs.pop("clips", None) or example_clips(spec, size, kwargs.pop("cache", None))
+        clips = kwargs.pop("clips", None) or example_clips(spec, size, cache)
         like = None if spec.task == "parsing" else spec
-        kwargs.pop("cache", None)
         one = bench_learner(clips, spec.method, spec.precision, device, size, options=spec.full_options,
                             backbone=spec.backbone, like=like, **kwargs)
         start(one)
