@@ -36,7 +36,6 @@ from avvp_nb.data.cremad_files import (
     extract_frames,
     find_clips,
     load_cremad,
-    optional,
     read_sound,
     resample,
     silent_clips,
@@ -54,6 +53,7 @@ from avvp_nb.data.cremad_simulate import (
     write_cremad,
 )
 from avvp_nb.data.cremad_task import one_second
+from avvp_nb.media.extras import optional
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +178,11 @@ def test_sound_that_is_wrong(tmp_path, make, says):
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
-    for module, package in (("soundfile", "SoundFile"), ("av", "av"), ("PIL", "Pillow")):
+    for module, package in (("soundfile", "soundfile"), ("av", "av"), ("PIL", "pillow")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(InputError, match=f"needs {package}.*pip install {package}"): optional(module, "this")
     (tmp_path / "a.wav").write_bytes(b"fLaC" + bytes(40))
-    with pytest.raises(InputError, match="pip install SoundFile"): read_sound(tmp_path / "a.wav")
+    with pytest.raises(InputError, match="pip install soundfile"): read_sound(tmp_path / "a.wav")
     with pytest.raises(InputError, match="pip install av"): extract_frames("a.flv", tmp_path / "a")
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from ..core import InputError, brief, content_hash, write_json
 from .cremad import (ACTORS, CREMAD_CLASSES, SENTENCES, CremadClips, cremad_split, labels_of,
                                  parse_stem)
-from .cremad_files import FILE_RATE, FRAMES, SOUND, kept_frames, optional, root_source
+from .cremad_files import FILE_RATE, FRAMES, SOUND, kept_frames, root_source
 from .features import SOURCE_FILE
+from ..media.extras import optional
 
 # %% ../../nbs/data/17_cremad_simulate.ipynb #d80f88cc
 VERSION = 1
