@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from avvp_nb import cli
 from avvp_nb.core import InputError, file_hash, read_json, write_json
+from avvp_nb.counts import LEVELS, METRICS
 from avvp_nb.data import sources
 from avvp_nb.data.annotations import load_annotations
 from avvp_nb.data.packed import pack
@@ -36,7 +37,9 @@ from avvp_nb.records import weights
 from avvp_nb.records.spec import RunSpec, run_key
 from avvp_nb.records.store import Store
 from avvp_nb.records.weights import load_weights
+from avvp_nb.results.intervals import VideoScores
 from avvp_nb.runs import single
+from avvp_nb.runs.merge import merge
 from avvp_nb.runs.single import run
 from avvp_nb.runs.stacked import run_many
 from avvp_nb.train.learner import predict
@@ -338,8 +341,32 @@ def test_the_best_epoch_is_what_is_stored(done):
 def test_what_is_left_behind(done):
     store, r, _ = done
     key = r["key"]
-    assert set(files(store.root)) == {f"records/{key}.json", f"probabilities/{key}.npz", f"weights/{key}.safetensors"}
+    assert set(files(store.root)) == {f"records/{key}.json", f"probabilities/{key}.npz", f"videos/{key}.npz", f"weights/{key}.safetensors"}
     assert repr(store).endswith("1 records)")
+
+
+def test_what_is_kept_of_each_video_is_enough_for_a_clone(done, tmp_path):
+    store, r, _ = done
+    kept, n, clone = store.kept_videos(r), len(store.probabilities(r).video), Store(tmp_path / "clone")
+    assert {k: x.shape for k, x in kept.items()} == {"own": (n, 18), "selected": (n, 18), "cells_unimodal": (3, 4, n), "cells_unimodal+cross": (3, 4, n)}
+    for name, scores in {"own": r["metrics"][r["rule"]], "selected": r["selected"]["kept"]["metrics"]}.items():
+        assert 100 * kept[name].astype(float).mean(0) == pytest.approx([scores[l][m] for l in LEVELS for m in METRICS], abs=.03)
+    merge(store, clone, parts=("records", "videos"))
+    assert set(files(clone.root)) == {f"records/{r['key']}.json", f"videos/{r['key']}.npz"}
+    again, here = (VideoScores(x, "micro") for x in (clone, store))
+    assert again.has(r) and again(r).equals(here(r)) and np.array_equal(again.rates(r, "unimodal"), here.rates(r, "unimodal"))
+
+
+def test_what_another_run_kept_is_refused(done, tmp_path):
+    store, r, _ = done
+    merge(store, tmp_path, parts=("records", "videos"))
+    clone = Store(tmp_path)
+    clone.video_path(r["key"]).write_bytes(b"another")
+    for reads in (lambda: VideoScores(clone, "micro")(r), lambda: merge(clone, tmp_path / "b", parts=("records", "videos"))):
+        with pytest.raises(InputError, match="is not the file of this record"): reads()
+    clone.video_path(r["key"]).unlink()
+    assert not VideoScores(clone, "micro").has(r)
+    with pytest.raises(InputError, match="is missing or not the file of this record"): VideoScores(clone, "micro")(r)
 
 
 def test_a_second_call_reads(done, monkeypatch):

@@ -6,7 +6,8 @@
 __all__ = ['RECORD', 'KINDS', 'WORDS', 'KEY', 'ABSENT', 'not_writable', 'run_lock', 'Paths', 'Folder',
            'is_number', 'is_kind', 'part_of', 'kind_fault', 'key_fault', 'levels_of',
            'level_fault', 'score_fault', 'epoch_fault', 'history_fault', 'check_whole',
-           'whole_record', 'bare_record', 'Predictions', 'Store', 'as_store', 'product_name']
+           'whole_record', 'bare_record', 'Kept', 'Predictions', 'Store', 'as_store',
+           'product_name']
 
 # %% ../../nbs/records/01_store.ipynb #ed4021eb
 import math
@@ -23,7 +24,7 @@ from typing import Optional
 
 import numpy as np
 
-from ..core import InputError, Parsing, content_hash, file_hash, read_json
+from ..core import InputError, Parsing, atomic_write, content_hash, file_hash, read_json
 from ..counts import LEVELS
 from ..data.sim_labels import SPLITS
 from ..limits import read_npz, shown
@@ -58,6 +59,7 @@ class Paths:
     def __init__(self, root="runs"): self.root = Path(root)
     def record_path(self, key): return self.root/"records"/f"{key}.json"
     def probability_path(self, key): return self.root/"probabilities"/f"{key}.npz"
+    def video_path(self, key): return self.root/"videos"/f"{key}.npz"
     def weight_path(self, key): return self.root/"weights"/f"{key}.safetensors"
     def checkpoint_path(self, key): return self.root/"checkpoints"/f"{key}.pt"
     def product_path(self, key): return self.root/"products"/f"{key}.npz"
@@ -100,7 +102,8 @@ KINDS = {"format": int, "key": str, "spec": Mapping, "spec.method": str, "spec.o
          "metrics": Mapping, "floors": Mapping, "selected": Mapping, "only": Mapping, "only_floors": Mapping,
          "data": Mapping, "data.simulated": bool, "data.mark": str, "data.identity": Mapping,
          "data.source": Mapping, "data.n": Mapping, "data.missing": Mapping, "probabilities": Mapping,
-         "probabilities.sha256": str, "first": list, "selection": Mapping, "versions": Mapping,
+         "probabilities.sha256": str, "videos": Mapping, "first": list,
+         "selection": Mapping, "versions": Mapping,
          "hardware": Mapping, "wall_time": Real}
 WORDS = {int: "a whole number", Real: "a number", str: "text", bool: "true or false", list: "a list",
          Mapping: "a dictionary"}
@@ -234,7 +237,26 @@ def bare_record(key: str, method: str = "han",
             "probabilities": {}, **(changes or {})}
 
 # %% ../../nbs/records/01_store.ipynb #6f461d15
-class Predictions(Folder):
+class Kept(Folder):
+    "What runs keep of each test video, small enough to be committed beside their records"
+    def keep_videos(self, key: str, arrays: dict) -> dict:   # see `scores.video_arrays`
+        "Write what a run keeps of each test video; the part of its record that names the file"
+        if not arrays: return {}
+        path = self.video_path(key)
+        with atomic_write(path, "wb") as f: np.savez_compressed(f, **arrays)
+        return {"videos": {"file": path.relative_to(self.root).as_posix(), "sha256": file_hash(path)}}
+
+    def kept_videos(self, record: dict) -> Optional[dict]:
+        "What a run has kept of each test video, or None; `InputError` for the file of another run"
+        path = self.video_path(record["key"])
+        if "videos" not in record or not path.is_file(): return None
+        if file_hash(path) != record["videos"].get("sha256"):
+            raise InputError("is not the file of this record", where=path,
+                             fix="delete it: it is made again from the probabilities, if they are there")
+        return read_npz(path)
+
+# %% ../../nbs/records/01_store.ipynb #20852cda
+class Predictions(Kept):
     "What was stored of the predictions of runs"
     def stored(self, record: dict) -> dict:
         "All arrays that were stored of a run, by name; `InputError` unless they are those of the record"

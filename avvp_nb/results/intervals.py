@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['t_quantile', 'seed_interval', 'welch_interval', 'seed_p', 'q_values', 'video_interval',
-           'selected_rule', 'VideoScores']
+           'VideoScores']
 
 # %% ../../nbs/results/15_intervals.ipynb #2a77c0c3
 import math
@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError
+from ..counts import LEVELS, METRICS
 from ..data.sources import DataSpec, load_data
-from ..metrics import RULES, evaluate_videos
+from ..records.scores import video_arrays
 from ..records.store import as_store
 from .groups import SELECTED
-from .rates import event_counts, rates_of_counts
+from .rates import rates_of_counts
 from .rules import scipy_stats
 
 # %% ../../nbs/results/15_intervals.ipynb #71b365ec
@@ -82,15 +83,9 @@ def video_interval(differences,              # (N,) one a test video, in points
     low, high = np.percentile(_resamples(len(d), resamples, seed) @ d, [tail, 100 - tail])
     return float(d.mean()), float(low), float(high)
 
-# %% ../../nbs/results/15_intervals.ipynb #38c86625
-def selected_rule(record):
-    "The rule of a run with the gates that were searched on its validation videos"
-    found = record["selected"]["kept"]
-    return RULES[found["rule"]].with_(**{f"{found['modality']}_gate": np.array(found["thresholds"])})
-
-# %% ../../nbs/results/15_intervals.ipynb #d62cc4b6
+# %% ../../nbs/results/15_intervals.ipynb #d6c30134
 class VideoScores:
-    "Scores of each test video of a run, from its stored probabilities; computed once a run and rule"
+    "Scores of each test video of a run: those it has kept, or from its stored probabilities"
     def __init__(self, store, scale: str, data: DataSpec = DataSpec()):   # the `Store` of the runs
         self.store, self.scale, self.data, self.known = as_store(store), scale, data, {}
 
@@ -98,26 +93,27 @@ class VideoScores:
         "The test videos"
         return load_data(self.data, self.scale, self.store.root/"cache")["test"]
 
+    def arrays(self, record) -> dict:
+        "`video_arrays` of a run; raises `InputError` when neither they nor the probabilities are whole"
+        if record["key"] not in self.known:
+            found = self.store.kept_videos(record)
+            if found is None:
+                passes = (self.store.probabilities(record, without=w) for w in (False, True))
+                found = video_arrays(record, *passes, self.truth())
+            self.known[record["key"]] = found
+        return self.known[record["key"]]
+
     def __call__(self, record, rule=None) -> pd.DataFrame:
         "(N videos, columns (level, metric)) in percent, under the run's own rule or `SELECTED` thresholds"
-        if (record["key"], rule) not in self.known:
-            test = self.truth()
-            parsings = [self.store.probabilities(record, without=w) for w in (False, True)]
-            pred = (selected_rule(record) if rule == SELECTED else RULES[record["rule"]]).decide(*parsings)
-            scores = evaluate_videos(*pred, test.dense_audio, test.dense_visual, mask=test.mask)
-            self.known[record["key"], rule] = 100*scores
-        return self.known[record["key"], rule]
+        own = self.arrays(record)["selected" if rule == SELECTED else "own"]
+        return pd.DataFrame(100*own.astype(float), columns=pd.MultiIndex.from_product([LEVELS, METRICS]))
 
     def has(self, *records) -> bool:
-        "Are the probabilities of these runs in the store? A clone of the repository has only their records"
-        return all(self.store.probability_path(r["key"]).is_file() for r in records)
+        "Is there enough in the store? Early records were committed without the scores of their videos"
+        paths = self.store.video_path, self.store.probability_path
+        return all(any(path(r["key"]).is_file() for path in paths) for r in records)
 
     def rates(self, record, context: str) -> np.ndarray:
         "(event types, rates, N videos) in percent; context 'unimodal' or 'unimodal+cross', see `READ`"
-        if (record["key"], context) not in self.known:
-            test, p = self.truth(), self.store.probabilities(record, without=context == "unimodal")
-            counts = event_counts(*RULES[record["rule"]].decide(p), test.dense_audio, test.dense_visual,
-                                  test.mask)
-            videos = [rates_of_counts(counts[..., [i]], "videos") for i in range(counts.shape[-1])]
-            self.known[record["key"], context] = np.stack(videos, -1)
-        return self.known[record["key"], context]
+        counts = self.arrays(record)[f"cells_{context}"].astype(int)
+        return np.stack([rates_of_counts(counts[..., [i]], "videos") for i in range(counts.shape[-1])], -1)

@@ -21,7 +21,7 @@ from .remote import check_record, product_file
 from .single import sweep_store
 
 # %% ../../nbs/runs/09_merge.ipynb #4f65bd11
-PARTS = {"probabilities": "npz", "weights": "safetensors", "products": "npz",
+PARTS = {"probabilities": "npz", "weights": "safetensors", "products": "npz", "videos": "npz",
          "records": "json"}   # in the order of copying
 
 def check_no_link(path: Path, folder: bool = False):
@@ -51,6 +51,7 @@ def check_files(store: Store, record: dict, parts):
         if header.get("key", key) != key or header["spec"] != record["spec"]:
             raise InputError("are the weights of another run", where=path)
     todo = [("probabilities", probabilities, store.probability_path(key)),
+            ("videos", lambda path: store.kept_videos(record), store.video_path(key)),
             ("weights", weights, store.weight_path(key))]
     todo += [("products", METHODS[record["spec"]["backbone"]].load, store.root/f)
              for f in product_file(record)]

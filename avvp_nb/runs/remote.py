@@ -105,8 +105,8 @@ def product_file(record: dict) -> list:
 
 def files_of(record: dict) -> list:
     "Relative paths of all files of a run but its record"
-    key = record["key"]
-    return [f"probabilities/{key}.npz", f"weights/{key}.safetensors", *product_file(record)]
+    key, videos = record["key"], [f"videos/{record['key']}.npz"] if "videos" in record else []
+    return [f"probabilities/{key}.npz", f"weights/{key}.safetensors", *videos, *product_file(record)]
 
 # %% ../../nbs/runs/04_remote.ipynb #ddfb122d
 class Objects:
@@ -268,7 +268,7 @@ def pull(remote: Remote, key: str,
         data = remote.fs.cat_file(remote.path(f"records/{key}.json"))
         record = check_record(parse_json(data, where), key, where)
         for name in files_of(record):
-            fetch(remote, name, store,
-                  record["probabilities"].get("sha256", "") if name.startswith("probabilities/") else None)
+            part = record.get(name.split("/")[0])     # of files that are its own it holds the hash
+            fetch(remote, name, store, None if part is None else part.get("sha256", ""))
         with atomic_write(store.record_path(key), "wb") as f: f.write(data)
         return store.record(key)

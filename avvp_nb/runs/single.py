@@ -29,7 +29,7 @@ from ..methods.zoo import METHODS
 from ..metrics import RULES
 from ..records.provenance import commit_and_why, hardware, versions
 from ..records.scores import (floor_scores, has_truth, pack_probabilities, passes_of,
-                                    score, with_selected)
+                                    score, video_arrays, with_selected)
 from ..records.spec import FORMAT, RunSpec, describe, run_key
 from ..records.store import Store, as_store, product_name
 from ..records.weights import class_names, load_weights, save_weights
@@ -63,7 +63,8 @@ def turn(store: Store, key: str, tell: bool = True):
 
 # %% ../../nbs/runs/00_single.ipynb #6025928c
 PART = re.compile(r"\.(.+)\.\w+\.[\w-]+\.[0-9a-f]+\.part")   # see `core.atomic_write`
-WRITTEN = ("records", "probabilities", "weights", "checkpoints", "products", "tables")   # folders of a store
+WRITTEN = ("records", "probabilities", "weights", "checkpoints", "products", "videos",
+           "tables")   # folders of a store
 
 def in_use(store: Store, key: str) -> bool:
     "Does somebody hold the lock of this run or product?"
@@ -165,6 +166,7 @@ def finish(store: Store, record: dict, test, model, val=None) -> dict:
     header = {"spec": record["spec"], "sizes": network_sizes(test), "mark": record["data"]["mark"],
               "key": key, "classes": class_names(test)}
     save_weights(model, store.weight_path(key), header)
+    record |= store.keep_videos(key, video_arrays(record, full, without, test))
     record |= {"metrics": score(packed, test), "floors": floor_scores(test),
                "probabilities": {"file": path.relative_to(store.root).as_posix(), "sha256": file_hash(path)}}
     write_json(record, store.record_path(key))
