@@ -359,7 +359,7 @@ def test_the_rate_of_false_discoveries_is_stated(lines):
     assert few["q"].isna().all() and C.discovery_note(few) == "", "two seeds are not tested"
 
 
-@pytest.mark.parametrize("mark, tier", [("", "real features"), ("simulated v1", "simulated"), ("composed of real signals, v1", "real signals"),
+@pytest.mark.parametrize("mark, tier", [("", "real features"), ("simulated v1", "simulated"), ("real signals, composed timelines v1", "real signals"),
                                         ("invented numbers, llp", "invented"), ("invented numbers, llp; simulated v1", "invented")])
 def test_every_verdict_has_a_tier(mark, tier): assert C.tier_of(mark) == tier
 
@@ -472,20 +472,21 @@ def test_video_scores_are_those_of_the_stored_probabilities(tmp_path, monkeypatc
         r["metrics"]["han"] = scoring.score(arrays, test)["han"]
     videos = I.VideoScores(store, "tiny")
     assert videos(records[0]).shape == (12, 18)
-    assert videos(records[0])["event", "V"].mean() == pytest.approx(records[0]["metrics"]["han"]["event"]["V"])
+    half = dict(abs=100 * 2**-12)     # scores are kept as float16: 11 bits of a number below 1
+    assert videos(records[0])["event", "V"].mean() == pytest.approx(records[0]["metrics"]["han"]["event"]["V"], **half)
     gates = {"thresholds": [0.3] * 24 + [0.9], "modality": "visual", "rule": "han"}
     searched = records[0] | {"selected": {"kept": gates}}
     rule = RULES["han"].with_(visual_gate=np.array(gates["thresholds"]))
     pred = rule.decide(store.probabilities(searched))
     expected = evaluate(*pred, test.dense_audio, test.dense_visual).loc["event", "V"]
-    assert videos(searched, "selected")["event", "V"].mean() == pytest.approx(expected) and expected != pytest.approx(videos(searched)["event", "V"].mean())
+    assert videos(searched, "selected")["event", "V"].mean() == pytest.approx(expected, **half) and expected != pytest.approx(videos(searched)["event", "V"].mean(), abs=.1)
     for context, without in (("unimodal", True), ("unimodal+cross", False)):
         counts = event_counts(*RULES["han"].decide(store.probabilities(records[0], without)), test.dense_audio, test.dense_visual)
         got = videos.rates(records[0], context)
         assert got.shape == (3, len(RATES), 12) and got.mean(-1) == pytest.approx(rates_of_counts(counts, "videos").to_numpy())
     got = judged(records, MAX, videos)
     a, b = (r["metrics"]["han"]["segment"]["A"] for r in records)
-    assert got["ours"] == pytest.approx(a - b, abs=1e-4) and got["interval"] == "videos"
+    assert got["ours"] == pytest.approx(a - b, abs=2 * half["abs"]) and got["interval"] == "videos"
     pred = RULES["han"].decide(store.probabilities(records[0]))
     assert evaluate(*pred, test.dense_audio, test.dense_visual).loc["segment", "A"] == pytest.approx(a)
     store.probability_path(records[0]["key"]).unlink()

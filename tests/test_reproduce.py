@@ -456,12 +456,12 @@ def test_the_empty_prediction_of_a_real_record_scores_nothing_where_it_should():
 def test_the_change_of_ranking_is_computed():
     groups = ladder()
     for r in groups["CoLeaF"]: r["only"][r["rule"]]["skip"]["segment"]["Vo"] = 0.0
-    row = next(r for r in L.ranking(groups).rows if r.name == "Vo segment")
-    assert row.mean["order, best first", "as published"] == "CoLeaF > CMPAE > HAN > nothing"
-    assert row.mean["order, best first", L.TREATED["skip"]] == "CMPAE > HAN > CoLeaF = nothing"
-    assert row.mean[L.TREATED["skip"], "Kendall τ"] == pytest.approx(-1 / 3) and row.mean[L.TREATED["pooled"], "Kendall τ"] == 1
-    assert row.mean[L.TREATED["skip"], "change places"] == "HAN and CoLeaF; CMPAE and CoLeaF"
-    assert row.mean[L.TREATED["pooled"], "change places"] == "none"
+    published, skip, pooled = (r for r in L.ranking(groups).rows if r.name == "Vo segment")
+    assert [r.source for r in (published, skip, pooled)] == [f"{x}, simulated" for x in L.TREATED.values()]
+    assert published.mean == {("", "order, best first"): "CoLeaF > CMPAE > HAN > nothing"}
+    assert skip.mean["", "order, best first"] == "CMPAE > HAN > CoLeaF = nothing"
+    assert skip.mean["", "τ to published"] == pytest.approx(-1 / 3) and pooled.mean["", "τ to published"] == 1
+    assert skip.mean["", "change places"] == "HAN and CoLeaF; CMPAE and CoLeaF" and pooled.mean["", "change places"] == "none"
 
 
 @pytest.mark.parametrize("a, b, tau", [("abc", "abc", 1), ("abc", "cba", -1), ("abc", "bac", 1 / 3)])

@@ -228,8 +228,8 @@ def known_scores(job: Job, path: Path, e):     # -> `Observed` without features,
         good = all(x is not None and x.shape[1:] == (C,) and np.isfinite(x).all() for x in (heard, seen))
         if good and len(heard) == len(seen): return Observed(none, none, None, heard, seen)
 
-NO_ID = ("W_NAME: loaders of LLP take the first 11 characters of {} for its id, and find it only where it has "
-         "eleven")
+NO_ID = ("W_NAME: loaders of LLP take the first 11 characters of {} for its id, and find it only where it "
+         "has eleven")
 
 def _parse(job: Job, path: Path, name: str, before=None, ahead=None) -> Parsed:
     "Decode, parse, write; raises where anything goes wrong"
@@ -353,8 +353,8 @@ def add_parse_arguments(p):
     "Arguments of `parse`"
     p.add_argument("videos", nargs="+", metavar="VIDEO", help="files, or folders of videos")
     p.add_argument("--out", required=True, metavar="DIR", help="where STEM.json, .csv, .npz and .html go")
-    p.add_argument("--backend", help="what hears and sees: zeroshot (default), or with --model small (default), "
-                                     "paper or descriptor")
+    p.add_argument("--backend", help="what hears and sees: zeroshot (default); with --model: small "
+                                     "(default), paper or descriptor")
     p.add_argument("--sound-net", metavar="FILE", help="another file of YAMNet, for zeroshot and small")
     p.add_argument("--weights", metavar="DIR", help="weight files of the papers' networks, for paper")
     p.add_argument("--threshold", type=float, metavar="P", help="of scores, from which on a class is there")
