@@ -23,9 +23,10 @@ from .core import (InputError, Output, as_meant, brief, check_choice, check_devi
 from .counts import STANDARD
 from .data.annotations import load_annotations
 from .data.pseudo import find_pseudo, pseudo_doctor
+from .data.signals_build import add_build_arguments, cmd_signals_build
 from .data.sim_labels import SPLITS
 from .data.simulate import PROFILES
-from .data.sources import DATASETS, SCALES, add_data_arguments, data_of
+from .data.sources import DATASETS, SCALES, add_data_arguments, data_of, first_dataset
 from .data.tools import PACK_OPTIONS, TOOLS
 from .methods.zoo import METHODS
 from .records.spec import LABELS, RunSpec
@@ -82,7 +83,7 @@ def check_data_arguments(a):
 def dataset_of(a) -> str:
     "The data set of a run: the one that is named, or the first that the method can be asked about"
     task = METHODS[check_choice(a.method, METHODS, "method")].task
-    return a.dataset or next(k for k, d in DATASETS.items() if d.task == task)
+    return a.dataset or first_dataset(task)
 
 # %% ../nbs/90_cli.ipynb #a0104de5
 def first_of_each(problems,        # of a report
@@ -305,7 +306,8 @@ COMMANDS = {   # command: (what does it, what adds its arguments)
     "score": (scoring.cmd_score, scoring.add_score_arguments),
     "parse": (parse.parse_command, parse.add_parse_arguments),
     "extract": (extract.extract_command, extract.add_extract_arguments),
-    "verify": (verify.cmd_verify, verify.add_verify_arguments)}
+    "verify": (verify.cmd_verify, verify.add_verify_arguments),
+    "signals-build": (cmd_signals_build, add_build_arguments)}
 
 class Parser(argparse.ArgumentParser):
     "A parser whose message is one line that fits on a screen, whatever was typed"

@@ -15,9 +15,11 @@ from avvp_nb.core import InputError, asset, read_json, shared  # noqa: E402
 from avvp_nb.data import ave, ave_files  # noqa: E402
 from avvp_nb.data import ave_simulate as sim  # noqa: E402
 from avvp_nb.data.ave import AVE_CLASSES, BACKGROUND  # noqa: E402
+from avvp_nb.data.ave_task import located_clips  # noqa: E402
 from avvp_nb.data.sim_labels import SimParams  # noqa: E402
 from avvp_nb.methods import psp  # noqa: E402
-from avvp_nb.train import learner as learner_room  # noqa: E402
+from avvp_nb.methods.localisers import Localiser, LocaliserLoss, prepare  # noqa: E402
+from avvp_nb.tasks import second_floors  # noqa: E402
 from avvp_nb.train.learner import Learner  # noqa: E402
 
 N = 34
@@ -77,14 +79,14 @@ def test_the_real_file(real):
     summary = json.loads((shared("ave") / "summary.json").read_text())
     for k, v in summary["anchors"].items():
         if k not in real.orders: continue
-        got = ave.floors(real.labels[real.rows(k)])
+        got = second_floors(real.labels[real.rows(k)])
         assert got["always background"] == pytest.approx(v["always_background"], abs=1e-3)
         assert got["right class everywhere"] == pytest.approx(v["true_class_every_second"], abs=1e-3)
 
 
 def test_the_floors_of_the_test_split(real):
     "17.8 and 82.2, as printed beside every accuracy"
-    got = ave.floors(real.labels[real.rows("test")])
+    got = second_floors(real.labels[real.rows("test")])
     assert [round(v, 1) for v in got.values()] == [17.8, 82.2]
 
 
@@ -260,15 +262,15 @@ def test_the_shipped_counts_are_those_of_the_real_file(real):
 def test_simulated_labels_have_the_real_floors(real):
     labels = sim.simulate_ave_labels(3)
     for k in ave.SIZES:
-        assert ave.floors(labels.labels[labels.rows(k)]) == ave.floors(real.labels[real.rows(k)])
+        assert second_floors(labels.labels[labels.rows(k)]) == second_floors(real.labels[real.rows(k)])
         a, b = (np.bincount(x.table.label.to_numpy()[x.rows(k)], minlength=28) for x in (labels, real))
         assert (a == b).all()
-    assert [round(v, 1) for v in ave.floors(labels.labels[labels.rows("test")]).values()] == [17.8, 82.2]
+    assert [round(v, 1) for v in second_floors(labels.labels[labels.rows("test")]).values()] == [17.8, 82.2]
 
 
 def test_floors_without_the_real_file():
     labels = sim.simulate_ave_labels()
-    assert [round(v, 1) for v in ave.floors(labels.labels[labels.rows("test")]).values()] == [17.8, 82.2]
+    assert [round(v, 1) for v in second_floors(labels.labels[labels.rows("test")]).values()] == [17.8, 82.2]
     assert not len(ave.ave_defects(labels).query("defect == 'repeated id'"))
 
 
@@ -330,13 +332,13 @@ def test_marks_say_simulated():
 
 
 @pytest.mark.parametrize("weak", [True, False])
-def test_psp_learns_on_it_through_the_one_loop(weak, monkeypatch):
-    "Nothing else than the loop's check of what a network returns stands in its way: it asks for a `Parsing`"
-    monkeypatch.setattr(learner_room, "check_model", lambda *args: None)
+def test_psp_learns_on_it_through_the_one_loop(weak):
     torch.manual_seed(0)
     files = sim.simulate_ave(params=SimParams(audio_snr=20., visual_snr=20.), side=2, background=8)
     clips = sim.kept(ave_files.ave_clips(files, "train", background=weak, n=120))
-    learner = Learner(psp.PSP(weak=weak, places=4, dim=32, hidden=32), clips, psp.PSPLoss(weak), lr=3e-3, batch_size=32, epochs=10, device="cpu")
+    net = Localiser(psp.PSP(weak=weak, places=4, dim=32, hidden=32))
+    train = prepare({"protocol": "weak" if weak else "full"}, None, located_clips(clips))
+    learner = Learner(net, train, LocaliserLoss(True, weak), lr=3e-3, batch_size=32, epochs=10, device="cpu")
     losses = [sum(h["loss"].values()) for h in learner.fit().history]
     assert losses[-1] < .7 * losses[0] and set(learner.history[0]["loss"]) == ({"video"} if weak else {"seconds", "pairs"})
 

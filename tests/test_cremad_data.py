@@ -33,15 +33,21 @@ from avvp_nb.data.cremad_files import (
     FRAMES,
     SOUND,
     choose_frames,
+    chosen_files,
+    cut_frames,
+    evaluation_picture,
     extract_frames,
     find_clips,
     load_cremad,
+    random_box,
+    read_picture,
     read_sound,
     resample,
     silent_clips,
     spectrogram,
-    training_pictures,
+    training_picture,
 )
+from avvp_nb.data.cremad_pack import FORMAT, open_cremad_pack, pack_cremad, pack_note
 from avvp_nb.data.cremad_simulate import (
     CremadParams,
     ceilings,
@@ -52,7 +58,8 @@ from avvp_nb.data.cremad_simulate import (
     simulate_cremad,
     write_cremad,
 )
-from avvp_nb.data.cremad_task import one_second
+from avvp_nb.data.cremad_task import FrameClips, one_second
+from avvp_nb.data.sources import DataSpec, identify
 from avvp_nb.media.extras import optional
 
 
@@ -103,6 +110,8 @@ def test_splits_of_our_own(seed):
     held = hold_out(official_split(), seed=seed)
     assert not set(held["train"]) & set(held["val"]) and held["test"] == official_split()["test"]
     assert cremad_split("speakers", seed) == own
+    released, looked_at = (cremad_split(k, seed) for k in ("official", "on_test"))
+    assert released == {**official_split(), "val": []} and looked_at == {**official_split(), "val": official_split()["test"]}
     for part in own.values(): assert set(labels_of(part)) == set(range(6))
 
 
@@ -239,9 +248,9 @@ def test_clips_are_what_the_files_hold(root):
     np.testing.assert_allclose(clips.pictures[..., 0, 0, :].reshape(9, 3), [[40 * k, 80 * i, 9] for i in range(3) for k in range(3)], atol=4)
     x, _ = read_sound(root / SOUND / f"{STEMS[1]}.wav")
     np.testing.assert_array_equal(clips.spectrogram[1], spectrogram(resample(x, 16000)))
-    b = clips.batch([2, 0])
-    assert tuple(b.images.shape) == (2, 3, 3, 16, 16) and b.label.tolist() == [2, 0]
-    np.testing.assert_allclose(b.images[1, :, 2, 0, 0], (np.array([80, 0, 9]) / 255 - [.485, .456, .406]) / np.array([.229, .224, .225]), atol=.08)
+    assert {s: [p.name for p in files] for s, files in clips.whole.items()} == dict.fromkeys(STEMS, ["00000.jpg", "00029.jpg", "00058.jpg"])
+    some = clips[[2, 0]]
+    assert some.pictures.shape == (2, 3, 16, 16, 3) and some.label.tolist() == [2, 0] and some.whole is clips.whole
 
 
 def test_the_cache_is_used_and_a_changed_file_is_read_again(root, monkeypatch):
@@ -305,14 +314,124 @@ def test_impossible_options(root, kwargs, says):
     with pytest.raises(InputError, match=says): loaded(root, **kwargs)
 
 
-def test_training_pictures_are_new_in_each_epoch(root):
+# ---- cuts of whole frames
+
+def noise_frames(root):
+    "Three frames of noise a clip, of 48 x 36"
     Image = pytest.importorskip("PIL.Image")
-    noise = np.random.default_rng(0).integers(0, 255, (36, 48, 3), np.uint8)
-    for s in STEMS: Image.fromarray(noise).save(root / FRAMES / s / "00000.jpg")
-    a, b, c = (training_pictures(root, STEMS, epoch=e, side=16) for e in (0, 0, 1))
-    assert a.shape == (3, 1, 16, 16, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
-    assert not np.array_equal(a[0], a[1])                         # each clip is cut on its own
-    assert np.array_equal(a[1:2], training_pictures(root, STEMS[1:2], side=16))
+    for i, p in enumerate(sorted((root / FRAMES).rglob("*.jpg"))):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (36, 48, 3), np.uint8)).save(p, quality=95)
+
+
+def test_a_cut_is_a_part_of_the_frame_on_disk_then_resized(root):
+    "As the release does it: crop, bilinear resize, and a mirror; nothing comes from outside of the part"
+    noise_frames(root)
+    frame = read_picture(root / FRAMES / STEMS[0] / "00000.jpg")
+    for seed in range(20):
+        box = random_box(48, 36, rng := np.random.default_rng(seed))
+        want = np.asarray(frame.crop(box).resize((16, 16), 2))
+        found = training_picture(frame, np.random.default_rng(seed), 16)
+        np.testing.assert_array_equal(found, want[:, ::-1] if rng.random() < .5 else want)
+    alone = np.asarray(frame)[box[1]:box[3], box[0]:box[2]]
+    np.testing.assert_array_equal(np.asarray(frame.crop(box)), alone)
+
+
+@pytest.mark.parametrize("size", [(480, 360), (360, 480), (900, 300), (100, 1000)])
+def test_boxes_are_drawn_as_the_release_draws_them(size):
+    "torchvision's rule: ten tries, then the middle as wide or high as the aspect allows"
+    (w, h), rng = size, np.random.default_rng(0)
+    boxes = np.array([random_box(w, h, rng) for _ in range(500)])
+    wide, high = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert (boxes >= 0).all() and (boxes[:, 2] <= w).all() and (boxes[:, 3] <= h).all()
+    assert (wide * high >= .078 * w * h).all() and (np.abs(np.log(wide / high)) <= np.log(4 / 3) + .02).all()
+    assert len(np.unique(boxes, axis=0)) > (250 if w < 2 * h < 4 * w else 50)
+    if size == (100, 1000): assert [0, 433, 100, 566] in boxes.tolist()          # too narrow for most draws: the middle
+
+
+def test_cuts_differ_by_frame_and_draw_and_are_of_the_chosen_frames(root):
+    noise_frames(root)
+    clips = loaded(root, frames=2)
+    a, b, c = (cut_frames(clips.whole, STEMS, np.random.default_rng(s), 16) for s in (0, 0, 1))
+    assert a.shape == (3, 2, 16, 16, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
+    assert not np.array_equal(a[0, 0], a[0, 1])                        # each frame is cut on its own
+    for choice in ("first", "middle", "random"):
+        own = loaded(root, frames=1, frame_choice=choice)
+        shown = np.stack([evaluation_picture(read_picture(own.whole[s][0]), 16) for s in STEMS])
+        np.testing.assert_array_equal(own.pictures[:, 0], shown)       # what is evaluated on is what is cut
+
+
+# ---- the pack
+
+@pytest.fixture
+def packed(root):
+    noise_frames(root)
+    return pack_cremad(root, root / "pack", frames=2, stems=STEMS)
+
+
+def test_a_pack_holds_pictures_to_the_bit_and_the_frames_as_they_are(root, packed):
+    clips, direct = open_cremad_pack(packed, STEMS[::-1]), load_cremad(root, STEMS[::-1], root / "cache", 2)
+    for k in ("spectrogram", "pictures", "label"): np.testing.assert_array_equal(getattr(clips, k), getattr(direct, k))
+    assert {s: clips.whole[s] for s in STEMS} == {s: [p.read_bytes() for p in direct.whole[s]] for s in STEMS}
+    a, b = (cut_frames(c.whole, c.ids, np.random.default_rng(3)) for c in (clips, direct))
+    np.testing.assert_array_equal(a, b)
+    note, size = pack_note(packed), {p.stem: p.stat().st_size for p in packed.glob("*.npy")}
+    assert note["version"] == FORMAT == 2 and note["bytes"] == sum(p.stat().st_size for f in direct.whole.values() for p in f)
+    head = 128                                                         # bytes of the header of each array
+    assert size == {"spectrogram": head + 3 * 193_264, "pictures": head + 3 * 2 * 150_528, "frames": head + note["bytes"], "ends": head + 7 * 8}
+
+
+def spoil_note(**change):
+    def spoil(pack):
+        note = json.loads((pack / "manifest.json").read_text())
+        (pack / "manifest.json").write_text(json.dumps({k: v for k, v in {**note, **change}.items() if v is not None}))
+    return spoil
+
+
+def spoil_ends(pack): np.save(pack / "ends.npy", np.load(pack / "ends.npy")[::-1].copy())
+def cut_off(pack): (pack / "frames.npy").write_bytes((pack / "frames.npy").read_bytes()[:-3])
+def no_frames(pack): (pack / "frames.npy").unlink()
+def other_kind(pack): np.save(pack / "pictures.npy", np.load(pack / "pictures.npy").astype(np.float32))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (spoil_note(version=None), "is a pack of format 1. expected format 2, which holds the whole frames that training cuts. pack again into another"),
+    (spoil_note(version=3), "is a pack of format 3. expected format 2"), (spoil_note(ids=None), "manifest.json: lacks ids"),
+    (spoil_note(bytes=None), "manifest.json: lacks bytes"), (spoil_note(options={}), "manifest.json: lacks n"),
+    (spoil_ends, "ends.npy: does not fit frames.npy"), (cut_off, "frames.npy: truncated"), (no_frames, "frames.npy: cannot be read"),
+    (other_kind, r"pictures.npy: float32 \(3, 2, 224, 224, 3\). expected uint8"),
+])
+def test_an_earlier_pack_and_a_damaged_one_are_refused_in_one_line(packed, spoil, says):
+    spoil(packed)
+    with pytest.raises(InputError, match=says) as e: open_cremad_pack(packed, STEMS)
+    assert "\n" not in str(e.value)
+
+
+def test_a_run_on_an_earlier_pack_is_refused_and_the_pack_is_not_written_over(root, packed):
+    spoil_note(version=None)(packed)
+    before = {p.name: p.read_bytes() for p in packed.iterdir()}
+    data = DataSpec(features=str(packed), dataset="cremad")
+    for make in (lambda: identify(data, root / "runs"), lambda: pack_cremad(root, packed, frames=2, stems=STEMS)):
+        with pytest.raises(InputError, match="is a pack of format 1"): make()
+    assert {p.name: p.read_bytes() for p in packed.iterdir()} == before
+
+
+def test_a_frame_that_changes_while_it_is_packed_is_named(root, monkeypatch):
+    "A file that is longer than it was when it was measured leaves nothing behind"
+    noise_frames(root)
+    real = cremad_files._copy_files
+
+    def grown(files, out, ends):
+        with open(files[1], "ab") as f: f.write(b"more")
+        real(files, out, ends)
+    monkeypatch.setattr(cremad_files, "_copy_files", grown)
+    with pytest.raises(InputError, match="00000.jpg: has changed while it was read"): pack_cremad(root, root / "pack", stems=STEMS)
+    assert not list(root.glob("*pack*.part")) and not (root / "pack").exists()
+
+
+def test_names_of_frames_follow_the_choice(root):
+    found = find_clips(root, STEMS)
+    assert [p.name for p in chosen_files(found, 1, "middle", 0)[STEMS[0]]] == ["00029.jpg"]
+    assert chosen_files(found, 2, "random", 5) == chosen_files(found, 2, "random", 5)
 
 
 def test_frames_of_a_real_video(tmp_path, llp):
@@ -333,11 +452,14 @@ def clips_of(n=4):
 
 def test_clips_of_one_second_hold_the_same_numbers():
     clips = clips_of()
-    flat, batch = one_second(clips), clips.batch()
-    np.testing.assert_array_equal(flat.audio.reshape(batch.spectrogram.shape), batch.spectrogram)
+    flat = one_second(clips)
+    np.testing.assert_array_equal(flat.audio.reshape(clips.spectrogram.shape), clips.spectrogram)
     np.testing.assert_array_equal(flat.frames.reshape(clips.pictures.shape), clips.pictures)
     assert flat.frames.dtype == np.uint8 and flat.source["shapes"] == {"spectrogram": [5, 4], "pictures": [2, 3, 3, 3]}
     assert flat.weak.argmax(1).tolist() == clips.label.tolist() and flat.classes == list(CREMAD_CLASSES) and flat.task == "classification"
+    assert not isinstance(flat, FrameClips)
+    framed = one_second(replace(clips, whole={STEMS[0]: [b"a frame"]}))
+    for some in (framed, framed[:2], framed.to("cpu"), framed.with_labels(x=flat.weak)): assert some.whole == {STEMS[0]: [b"a frame"]}
 
 
 @pytest.mark.parametrize("k, x, says", [

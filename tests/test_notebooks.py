@@ -1,7 +1,6 @@
 """Every library notebook runs from top to bottom, as `nbdev_test` runs it, and leaves nothing behind."""
 import hashlib
 import json
-import os
 import re
 
 import pytest

@@ -1,5 +1,5 @@
 """Parity of PSP's two networks, losses, loaders and score with the official code, and DGM's measures on it."""
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +11,22 @@ from torch.nn import functional as F
 
 import avvp_nb.methods.official as official
 from avvp_nb.core import InputError, read_json, shared
+from avvp_nb.data.sources import DataSpec
 from avvp_nb.methods import psp
 from avvp_nb.methods.ave import AVELocaliser, Localised
 from avvp_nb.methods.dgm import coefficients, imbalance, modulate
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.tasks import RULE
 from avvp_nb.train.lanes import why_not
+from avvp_nb.train.learner import Step
 
 VARIANTS = ["", "_chirp", "_gain_chirp"]
 
 
-class Batch(NamedTuple):
-    "What the losses read of a batch"
-    labels: object
-    weak: object = None
+def accuracy(scores, labels):
+    "Share of seconds whose class is right"
+    right = RULE["highest"].decide(scores) == RULE["highest"].decide(labels)
+    return float(right.mean())
 
 
 SMALL = dict(classes=4, audio_dim=8, place_dim=8, places=4, dim=8, hidden=4)
@@ -56,7 +60,7 @@ def arrays(net, audio, regions):
         picked = net.attention(sound, regions.flatten(2, 3))[0]
         found = {"spatial_attention": x.weights, "attended_visual": picked, "visual_proj": net.picture(picked),
                  "lstm_audio": x.heard, "lstm_visual": x.seen, "fusion": x.fused, "gamma_va": x.to_visual,
-                 "gamma_av": x.to_audio, "segment_pred": psp.predicted(out.scores)}
+                 "gamma_av": x.to_audio, "segment_pred": RULE["highest"].decide(out.scores)}
     if net.weak: return {**found, "video_prob": out.video, "score": out.scores}
     return {**found, "logits": out.scores, "cos_sim": out.cosine, "audio_proj": sound, "a_psp": x.audio, "v_psp": x.visual}
 
@@ -145,15 +149,14 @@ def test_full_loss(golden, keys, inputs, variant):
 
 
 @pytest.mark.parametrize("official", [False, True])
-def test_loss_as_the_loop_calls_it(golden, official):
-    case, loss = golden("psp_full_targets"), psp.PSPLoss(weak=False, official=official)
+def test_targets_of_one_batch_after_another(golden, official):
+    case, targets = golden("psp_full_targets"), psp.PairTargets(official)
     p = Localised(torch.zeros(8, 10, 29), None, torch.rand(8, 10))
     for k, labels in enumerate(torch.tensor(case["labels"])):
-        terms = loss(p, Batch(labels))
+        terms = psp.full_terms(p, labels, targets(labels))
         target = torch.tensor(case["avps_target"][k]) if official else psp.pair_targets(labels)
         torch.testing.assert_close(terms["pairs"], 100 * psp.pair_loss(p.cosine, target))
-    weak = psp.PSPLoss()(Localised(None, torch.full((8, 29), 1 / 29)), Batch(None, labels.mean(1)))
-    assert set(terms) == {"seconds", "pairs"} and set(weak) == {"video"}
+    assert set(terms) == {"seconds", "pairs"}
 
 
 def test_pair_loss(golden):
@@ -169,10 +172,9 @@ def test_pair_loss(golden):
 
 def test_accuracy(golden):
     case = golden("psp_accuracy")
-    assert psp.predicted(case["scores"]).tolist() == case["pred"].tolist()
-    assert psp.predicted(torch.tensor(case["scores"])).tolist() == case["pred"].tolist()
-    close(case, "accuracy", psp.accuracy(case["scores"], case["labels"]))
-    close(case, "accuracy_first20", psp.accuracy(case["scores"][:20], case["labels"][:20]))
+    for x in (case["scores"], torch.tensor(case["scores"])): assert RULE["highest"].decide(x).tolist() == case["pred"].tolist()
+    close(case, "accuracy", accuracy(case["scores"], case["labels"]))
+    close(case, "accuracy_first20", accuracy(case["scores"][:20], case["labels"][:20]))
 
 
 def test_official_batches_of_the_weak_loader(golden):
@@ -320,12 +322,13 @@ def test_networks_learn(name):
     if weak:                                                              # clips alone say little about seconds
         happens = test[2][..., :3].sum(1).argmax(1)
         assert (out.video[:, :3].argmax(1) == happens).float().mean() > .9
-    else: assert psp.accuracy(out.scores, test[2]) > .85
+    else: assert accuracy(out.scores, test[2]) > .85
 
 
 @pytest.mark.parametrize("weak, drops", [(True, {80, 160}), (False, {60, 120})])
 def test_rate_drops_twice_and_stays(weak, drops):
-    rates = [psp.rate(e, weak) for e in range(300)]
+    recipe = RunSpec("psp", protocol="weak" if weak else "full", data=DataSpec(dataset="ave"), scale="full").recipe()
+    rates = [Step.rate(SimpleNamespace(**recipe), e) for e in range(300)]
     assert {e for e in range(1, 300) if rates[e] != rates[e - 1]} == drops
     assert rates[0] == 1e-3 and rates[-1] == pytest.approx(6.4e-4)
 

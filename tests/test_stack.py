@@ -13,6 +13,7 @@ import torch
 from avvp_nb import runs
 from avvp_nb.core import InputError
 from avvp_nb.data import sim_labels as labels_
+from avvp_nb.data.sources import first_dataset
 from avvp_nb.methods import zoo
 from avvp_nb.methods.cmpae import CMPAE, CMPAELoss, StepCB
 from avvp_nb.methods.dgm import DGM, DGMNet, MSDULoss
@@ -710,7 +711,7 @@ def test_every_callback_of_a_method_is_either_tried_or_a_reason():
     for name, method in zoo.METHODS.items():
         for backbone in method.backbones or (None,):
             kw = {"labels": "clip+clap"} if name in TAUGHT else {}
-            if method.task != "parsing": kw["data"] = runs.DataSpec(dataset={"localisation": "ave", "classification": "cremad"}[method.task])
+            if method.task != "parsing": kw["data"] = runs.DataSpec(dataset=first_dataset(method.task))
             one = RunSpec(name, backbone=backbone, scale="micro", **kw)
             model, _, callbacks = method.build(one.plain(), stacked.NOMINAL, None)
             untried = [type(cb).__name__ for cb in callbacks if not cb.stackable]

@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -11,15 +12,30 @@ from avvp_nb.core import InputError, Located, Parsing
 from avvp_nb.data import sources
 from avvp_nb.data.annotations import with_facts
 from avvp_nb.data.ave_task import Lazy, ave_facts
-from avvp_nb.data.cremad_task import cremad_facts
+from avvp_nb.data.cremad import cremad_split, official_split
+from avvp_nb.data.cremad_files import cut_frames
+from avvp_nb.data.cremad_pack import pack_cremad
+from avvp_nb.data.cremad_simulate import write_cremad
+from avvp_nb.data.cremad_task import SELECTION, cremad_facts
 from avvp_nb.data.sources import DATASETS, DataSpec, load_data
+from avvp_nb.methods import ogm
 from avvp_nb.methods.zoo import METHODS
 from avvp_nb.records.spec import RunSpec, run_key
 from avvp_nb.records.store import Store, check_whole
 from avvp_nb.records.weights import load_weights
 from avvp_nb.results import plans
 from avvp_nb.results.accuracies import accuracy_table
-from avvp_nb.results.imbalance import STUDIES, effects, study_specs
+from avvp_nb.results.imbalance import (
+    LEVELS,
+    STUDIES,
+    effects,
+    findings_of,
+    plot_study,
+    recorded_runs,
+    shown_of,
+    study_specs,
+    study_table,
+)
 from avvp_nb.runs.measure import announce
 from avvp_nb.runs.single import run
 from avvp_nb.runs.stacked import run_many
@@ -58,7 +74,7 @@ def spec(dataset, seed=1, method=None, **options):
     (lambda: RunSpec("late_fusion", {"fusion": "film", "modulation": "ogm"}, data=DataSpec(dataset="cremad")), "needs the share of each modality"),
     (lambda: RunSpec("late_fusion", {"alpha": -1.}, data=DataSpec(dataset="cremad")), None),
     (lambda: DataSpec(dataset="cremad", settings={"loudness": 1}), "cremad.loudness: CREMA-D has no such setting"),
-    (lambda: DataSpec(dataset="llp", settings={"side": 3}), "llp.side: LLP has no such setting. expected none"),
+    (lambda: DataSpec(dataset="llp", settings={"side": 3}), "llp.side: LLP has no such setting"),
     (lambda: DataSpec(dataset="cremad", settings={"side": "wide"}), "cremad.side: 'wide' is no int"),
     (lambda: DataSpec(dataset="cremad", settings={"side": 3.5}), "cremad.side"),
 ])
@@ -219,7 +235,8 @@ def test_the_command_finds_the_data_set_of_a_method(small, tmp_path, shell):
     (["run", "psp", "--data-option", "side=3"], "--data-option: 'side=3' has another form"),
     (["run", "psp", "--ave-features", "/nowhere"], "/nowhere: "),
     (["run", "late_fusion", "--cremad-features", "/nowhere"], "/nowhere: no folder AudioWAV"),
-    (["run", "late_fusion", "--data-option", "cremad.split=official"], "split: 'official' has no validation clips"),
+    (["run", "late_fusion", "--data-option", "cremad.split=official"], "select: there are no validation clips to select with. use select='last'"),
+    (["run", "late_fusion", "--data-option", "cremad.split=released"], "split: 'released' is not possible"),
     (["doctor", "/nowhere", "--dataset", "ave"], "/nowhere"), (["doctor", "/nowhere", "--dataset", "cremad"], "no folder AudioWAV"),
     (["doctor", "x", "--dataset", "cremad", "--annotations", "y"], "--annotations: has no meaning for cremad"),
     (["pack", "x", "y", "--dataset", "cremad", "--frames", "full"], "--frames: 'full' has no meaning for CREMA-D"),
@@ -252,6 +269,43 @@ def test_cremad_on_files_doctor_pack_and_run(shell, tmp_path, monkeypatch):
                            tmp_path / "runs", "--device", "cpu")
     assert status == 0, err
     assert {r["data"]["mark"] for r in Store(tmp_path / "runs").records()} == {record["data"]["mark"]}
+
+
+def test_training_cuts_the_frames_on_disk_from_files_and_from_a_pack(shell, tmp_path, monkeypatch):
+    "The same cuts, so the same numbers; and other ones than without the frames"
+    pytest.importorskip("PIL.Image", reason="Pillow is not installed: pip install pillow")
+    monkeypatch.setitem(sources.SCALES, "few", sources.Scale(6, 2, 3, 2, 2, "last", 4))
+    root = write_cremad(tmp_path / "cremad", [s for k, n in (("train", 6), ("val", 2), ("test", 3)) for s in cremad_split("validated")[k][:n]])
+    pack_cremad(root, tmp_path / "pack", on_missing="drop")
+    found = {}
+    for k, folder in (("files", root), ("pack", tmp_path / "pack")):
+        for augment in (False, True):
+            s = RunSpec("late_fusion", {"encoder": "small", "augment": augment}, data=DataSpec(features=str(folder), dataset="cremad"), scale="few")
+            found[k, augment] = [h["loss"] for h in run(s, tmp_path / "runs", "cpu", "off")["history"]]
+    assert found["files", True] == found["pack", True] and found["files", False] == found["pack", False]
+    assert found["files", True] != found["files", False]
+    data = load_data(DataSpec(features=str(root), dataset="cremad"), "few", tmp_path / "runs/cache")
+    seen = []
+    monkeypatch.setattr(ogm, "cut_frames", lambda whole, names, rng, side: seen.append(list(names)) or cut_frames(whole, names, rng, side))
+    again = run(s, tmp_path / "again", "cpu", "off")
+    assert sorted(n for names in seen for n in names) == sorted(data["train"].ids * 2)              # each clip once an epoch
+    assert [h["loss"] for h in again["history"]] == found["pack", True]
+
+
+@pytest.mark.parametrize("split, kept", [("official", 2), ("on_test", None)])
+def test_the_released_split_trains_on_all_and_says_how_the_epoch_was_chosen(split, kept, small, tmp_path):
+    data = DataSpec(dataset="cremad", settings={**SMALL["cremad"], "split": split})
+    s = RunSpec("late_fusion", OPTIONS["late_fusion"], data=data, scale="few", select="last" if kept else "video/accuracy")
+    clips, record = load_data(data, "few", tmp_path / "cache"), run(s, tmp_path, "cpu", "off")
+    assert [i for k in ("train", "test") for i in clips[k].ids] == official_split()["train"][:48] + official_split()["test"][:24]
+    assert record["data"]["n"] == {"train": 48, "val": 0 if kept else 12, "test": 24} and record["data"]["identity"]["split"] == split
+    assert record["data"]["source"]["selection"] == SELECTION[split] and check_whole(record, "here") == record
+    assert record["selection"]["metric"] == s.select and record["selection"]["epoch"] == (kept or max(
+        (h["val"]["video/accuracy"], h["epoch"]) for h in record["history"])[1])
+    if kept: assert all(h["val"] == {} for h in record["history"])
+    else: assert clips["val"].ids == clips["test"].ids[:12]
+    plain = run(spec("cremad"), tmp_path, "cpu", "off")
+    assert "selection" not in plain["data"]["source"]
 
 
 def test_ave_on_files_doctor_pack_and_run(shell, tmp_path, monkeypatch):
@@ -288,7 +342,7 @@ def test_the_time_of_other_tasks_can_be_announced(small, tmp_path):
 
 def test_every_system_and_level_of_the_study_is_possible():
     for d, study in STUDIES.items():
-        assert len(study.levels) >= 2 and next(iter(study.systems)) == "plain"
+        assert tuple(study.levels) == LEVELS and len(LEVELS) == 3 and next(iter(study.systems)) == "plain"
         keys = [s.plain() for level in study.levels for part in study_specs(d, level, seeds=(1,)).values() for s in part]
         assert len({json.dumps(k, sort_keys=True) for k in keys}) == len(study.systems)      # levels differ in data alone
 
@@ -301,6 +355,41 @@ def test_effects_are_differences_of_equal_seeds(small, tmp_path):
     by = {k: {r["seed"]: r["metrics"]["highest"]["video"] for r in rs} for k, rs in found.items()}
     assert e.gain.mean == pytest.approx(np.mean([by["OGM"][s]["accuracy"] - by["plain"][s]["accuracy"] for s in (1, 2)]))
     assert e.gap == pytest.approx(np.mean([by["OGM"][s]["audio"] - by["OGM"][s]["visual"] for s in (1, 2)]))
+
+
+def timed(records, seconds): return [{**r, "wall_time": seconds} for r in records]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_the_cost_of_runs_that_took_no_time_is_unknown(small, tmp_path):
+    s = replace(study_specs("cremad", "balanced", seeds=(1,))["plain"][0], scale="few", data=DataSpec(dataset="cremad", settings=SMALL["cremad"]),
+                options={"encoder": "small"})
+    records = run_many([s, replace(s, seed=2)], tmp_path, "cpu", "off")
+    found = {"plain": timed(records, 0.), "OGM": timed(records, 3.)}
+    assert [np.isnan(e.cost) for e in effects("cremad", found).values()] == [True, True]
+    assert effects("cremad", {**found, "plain": timed(records, 2.)})["OGM"].cost == 1.5
+    text = study_table("cremad", "balanced", found).to_markdown()
+    assert "nan" not in text and "2 seeds" in text
+
+
+def test_what_has_no_record_is_said_to_be_missing(small, tmp_path):
+    "A store with one of the runs of a level: the table, the picture and the sentences are made of that one"
+    def few(s): return replace(s, scale="few", data=DataSpec(dataset="cremad", settings=SMALL["cremad"]), options={**s.options, "encoder": "small"})
+    specs = {k: [few(s) for s in part] for k, part in study_specs("cremad", "balanced", seeds=(1, 2), systems=("plain", "OGM")).items()}
+    every = [s for part in specs.values() for s in part]
+    assert recorded_runs(every, tmp_path) == [None] * 4
+    run_many([every[0], every[2]], tmp_path, "cpu", "off")
+    flat = recorded_runs(every, tmp_path)
+    assert [r and r["seed"] for r in flat] == [1, None, 1, None]
+    asked = {"cremad": {"balanced": {"plain": flat[:2], "OGM": flat[2:]}, "picture weak": {"plain": [None, None]}}, "llp": {"balanced": {"plain": [None]}}}
+    found, said = shown_of(asked)
+    assert found == {"cremad": {"balanced": {"plain": flat[:1], "OGM": flat[2:3]}}}
+    assert said == ["CREMA-D, balanced: 2 of 4 runs have no record yet.", "CREMA-D, picture weak: no records of plain training yet.",
+                    "LLP, balanced: no records of plain training yet."]
+    assert "1 seed:" in study_table("cremad", "balanced", found["cremad"]["balanced"]).caption
+    assert findings_of(found) == ["CREMA-D (SGD, 1 seeds): undecided, fewer than three seeds."]
+    plt.close(plot_study(found))
+    assert shown_of({}) == ({}, []) and findings_of({}) == []
 
 
 # ---- data cards

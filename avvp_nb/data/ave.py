@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECONDS', 'ROWS', 'SIZES', 'AVE_CLASSES', 'BACKGROUND', 'ANNOTATIONS', 'ORDERS', 'HEADER',
            'FIELDS', 'TARGETS', 'COLUMNS', 'parse_line', 'read_table', 'event_grid',
-           'second_labels', 'clip_targets', 'floors', 'h5py_module', 'opened_h5', 'check_order',
+           'second_labels', 'clip_targets', 'h5py_module', 'opened_h5', 'check_order',
            'check_disjoint', 'read_orders', 'AVELabels', 'load_ave_labels', 'ave_defects']
 
 # %% ../../nbs/data/14_ave.ipynb #fb46a609
@@ -95,11 +95,6 @@ def clip_targets(table: pd.DataFrame, how: str = "fraction") -> np.ndarray:   # 
     check_choice(how, TARGETS, "target")
     if how == "fraction": return second_labels(table).mean(1, dtype=np.float32)
     return np.eye(BACKGROUND + 1, dtype=np.float32)[table.label]
-
-def floors(labels) -> dict:   # (N,10,29) one-hot
-    "Accuracies (percent) without any network: background everywhere, and the clip's true class everywhere"
-    background = 100*float(labels[..., BACKGROUND].mean())
-    return {"always background": background, "right class everywhere": 100 - background}
 
 # %% ../../nbs/data/14_ave.ipynb #17cc53bb
 def h5py_module(where, find=importlib.import_module):

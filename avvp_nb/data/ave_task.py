@@ -15,12 +15,13 @@ import pandas as pd
 
 from ..core import InputError, check_choice, content_hash, read_json
 from .annotations import markdown_table
-from .ave import AVE_CLASSES, BACKGROUND, TARGETS, floors, load_ave_labels
+from .ave import AVE_CLASSES, BACKGROUND, TARGETS, load_ave_labels
 from .ave_files import AVEClips, ave_clips, find_files, open_ave, pack_ave
 from .ave_simulate import kept, simulate_ave, simulate_ave_labels
 from .clips import Clips
 from .packed import MANIFEST, is_store
 from .sim_labels import VERSION
+from ..tasks import second_floors
 
 # %% ../../nbs/data/15a_ave_task.ipynb #be790d90
 class Lazy:
@@ -107,7 +108,7 @@ def ave_facts() -> str:
     rows = {}
     for split in labels.orders:
         t, y = labels.table.iloc[labels.rows(split)], labels.labels[labels.rows(split)]
-        floor = floors(y)
+        floor = second_floors(y)
         rows[split] = {"clips": len(t), "seconds of events": int(y[..., :BACKGROUND].sum()),
                        "whole clip one event (%)": f"{100*((t.start == 0) & (t.end == 10)).mean():.1f}",
                        **{f"{k} (%)": f"{v:.2f}" for k, v in floor.items()}}

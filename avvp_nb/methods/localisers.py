@@ -17,10 +17,10 @@ from ..core import InputError, Located, check_choice
 from .ave import AVELocaliser
 from .dgm import APPLY, DGM, MEASURES, coefficients, imbalance
 from .method import Method, register, some
-from ..train.learner import Callback
 from .psp import (LAYOUTS, MEASURED, PSP, TAU, Batches, PairTargets, SeparateHeads,
                                  ave_full_terms, ave_weak_terms, clip_evidence, full_terms, pair_targets,
                                  psp_groups, second_evidence, separate, separate_terms, weak_terms)
+from ..train.learner import Callback
 
 # %% ../../nbs/methods/25_localisers.ipynb #37fe7621
 PLACE = 512   # numbers of a region

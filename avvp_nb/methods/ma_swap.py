@@ -78,7 +78,8 @@ def draw_partners(weak,                     # (N,C) weak labels, 0 or 1
                   ids=None):                # names of the videos for messages
     "Partners (N,n) whose labels are disjoint from the video's own; `InputError` names a video without one"
     y, rng = _labels(weak), np.random.default_rng(seed)
-    ids = range(len(y)) if ids is None else ids
+    ids, other = range(len(y)) if ids is None else ids, y[:, ~y.all(0)]
+    if other.any(): y = other               # a label that all videos carry cannot tell them apart
     if n_partners < 1:
         raise InputError(f"{n_partners!r} is not possible", where="n_partners", expected="at least 1")
     if symmetric and n_partners > 1:

@@ -15,7 +15,7 @@ import numpy as np
 from ..core import InputError, Located, Parsing
 from ..counts import check_mask, check_pairs
 from ..metrics import RULES, evaluate, evaluate_videos
-from ..tasks import TREATMENTS, corrected_only, task_of
+from ..tasks import TASKS, TREATMENTS, corrected_only, task_of
 
 # %% ../../nbs/records/02_scores.ipynb #84a28c3f
 def pack_probabilities(parsing, without,
@@ -89,7 +89,7 @@ def video_arrays(record: dict,   # with `rule` and `selected`
                  full, without,  # parsings of the test videos with and without cross-attention
                  clips) -> dict:
     "(N,18) scores in [0,1] a rule and (3,4,N) cells a pass of the test videos; {} for another task"
-    if task_of(clips).result is not Parsing or not has_truth(clips): return {}
+    if task_of(clips) is not TASKS["parsing"] or not has_truth(clips): return {}
     truth, own, kept = (clips.dense_audio, clips.dense_visual), RULES[record["rule"]], record["selected"]
     rules = {"own": own} | ({"selected": selected_rule(kept["kept"])} if "kept" in kept else {})
     out = {k: evaluate_videos(*r.decide(full, without), *truth, mask=clips.mask).to_numpy(np.float16)

@@ -60,6 +60,8 @@ def accuracy_table(found: dict,            # label: records of its seeds
     own = [r for r in rows if r.kind == "ours"]
     notes = [*simulated_note(mark_of(records), bool(printed)), *runs_note(own)]
     notes = [n.replace("about LLP", f"about {dataset_title(dataset_of(records[0]))}") for n in notes]
+    said = [r["data"].get("source", {}).get("selection") for r in records]       # how the epoch was chosen
+    notes += dict.fromkeys(filter(None, said))
     return Table(rows + floor_lines(records), caption, columns, notes, provenance(records, **params))
 
 # %% ../../nbs/results/10a_accuracies.ipynb #562bde07

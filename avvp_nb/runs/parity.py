@@ -19,7 +19,7 @@ from torch import nn
 
 from ..core import InputError, check_choice, read_json, shared
 from ..data.clips import random_clips
-from ..data.sources import DATASETS, DataSpec
+from ..data.sources import DataSpec, first_dataset
 from ..methods.official import from_official, layouts
 from ..methods.zoo import METHODS
 from ..records.spec import RunSpec
@@ -60,7 +60,7 @@ def asked_elsewhere(method: str):
     "A spec with clips for a method that answers another question than LLP asks, else None"
     task = METHODS[method].task
     if task == "parsing": return None
-    return RunSpec(method, data=DataSpec(dataset=next(k for k, d in DATASETS.items() if d.task == task)))
+    return RunSpec(method, data=DataSpec(dataset=first_dataset(task)))
 
 def one_step(method: str, device="cpu", backbone=None, precision: str = "fp32", dim: int = None, clips=None,
              n: int = 8) -> Catch:
