@@ -71,7 +71,7 @@ SWITCHES = {
             "measured": ["lstm", {"measured": "msdu", "modulation": "none"}], "noise": False, "target": "both", "apply": "update",
             "protocol": "full", "labels": "onehot", "scale": "small", "seeds": [[2, 3]], "annotations": {"annotations": "AVE", "features": "AVE"},
             "features": {"features": "AVE"}, "table": True, "fresh": True, "device": "cpu"},
-    "cremad": {"method": ["joint", "ogm", "dgm"], "alpha": [0, .5], "measure": {"measure": "score", "method": "dgm"}, "noise": False,
+    "cremad": {"method": ["joint", "ogm", "dgm"], "alpha": [0, .5], "alphas": [[.2], []], "measure": {"measure": "score", "method": "dgm"}, "noise": False,
                "target": "both", "fusion": ["sum", {"fusion": "film", "method": "joint"}], "protocol": "paper", "split": ["speakers", "official", "on_test"], "frames": 2,
                "scale": "small", "seeds": [[2, 3]], "features": {"features": "CREMAD", "on_missing": "drop"}, "table": True,
                "on_missing": {"on_missing": "drop", "features": "CREMAD"}, "fresh": True, "device": "cpu"},
@@ -85,7 +85,7 @@ SWITCHES = {
               "bench": "no/such/folder"},
 }
 # Of the new place of `out` each set of parameters is a test by itself; measurements of a second are made shorter
-ALWAYS = {"ave": {"seeds": [1], "table": False}, "cremad": {"seeds": [1], "table": False}, "imbalance": {"seeds": [1], "datasets": ["cremad"]}, "zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]},
+ALWAYS = {"ave": {"seeds": [1], "table": False}, "cremad": {"seeds": [1], "table": False, "alphas": []}, "imbalance": {"seeds": [1], "datasets": ["cremad"]}, "zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]},
           "signals": {"systems": ["ma"], "beside": [], "weak": False, "seeds": [1, 2], "sound": "log-mel", "pictures": "thumbnail",
                       "bundle": "BUNDLE"}, "video": {"video": "VIDEO"}}
 NEEDED = {"signals": "BUNDLE", "video": "VIDEO"}                       # pages that need a file which optional packages write

@@ -235,7 +235,7 @@ def test_the_command_finds_the_data_set_of_a_method(small, tmp_path, shell):
     (["run", "psp", "--data-option", "side=3"], "--data-option: 'side=3' has another form"),
     (["run", "psp", "--ave-features", "/nowhere"], "/nowhere: "),
     (["run", "late_fusion", "--cremad-features", "/nowhere"], "/nowhere: no folder AudioWAV"),
-    (["run", "late_fusion", "--data-option", "cremad.split=official"], "select: there are no validation clips to select with. use select='last'"),
+    (["run", "late_fusion", "--data-option", "cremad.split=official", "--select", "video/accuracy"], "select: there are no validation clips to select with. use select='last'"),
     (["run", "late_fusion", "--data-option", "cremad.split=released"], "split: 'released' is not possible"),
     (["doctor", "/nowhere", "--dataset", "ave"], "/nowhere"), (["doctor", "/nowhere", "--dataset", "cremad"], "no folder AudioWAV"),
     (["doctor", "x", "--dataset", "cremad", "--annotations", "y"], "--annotations: has no meaning for cremad"),
@@ -295,12 +295,13 @@ def test_training_cuts_the_frames_on_disk_from_files_and_from_a_pack(shell, tmp_
 @pytest.mark.parametrize("split, kept", [("official", 2), ("on_test", None)])
 def test_the_released_split_trains_on_all_and_says_how_the_epoch_was_chosen(split, kept, small, tmp_path):
     data = DataSpec(dataset="cremad", settings={**SMALL["cremad"], "split": split})
-    s = RunSpec("late_fusion", OPTIONS["late_fusion"], data=data, scale="few", select="last" if kept else "video/accuracy")
+    s = RunSpec("late_fusion", OPTIONS["late_fusion"], data=data, scale="few", select=None if kept else "video/accuracy")
+    assert s.recipe()["select"] == ("last" if kept else "video/accuracy")
     clips, record = load_data(data, "few", tmp_path / "cache"), run(s, tmp_path, "cpu", "off")
     assert [i for k in ("train", "test") for i in clips[k].ids] == official_split()["train"][:48] + official_split()["test"][:24]
     assert record["data"]["n"] == {"train": 48, "val": 0 if kept else 12, "test": 24} and record["data"]["identity"]["split"] == split
     assert record["data"]["source"]["selection"] == SELECTION[split] and check_whole(record, "here") == record
-    assert record["selection"]["metric"] == s.select and record["selection"]["epoch"] == (kept or max(
+    assert record["selection"]["metric"] == s.recipe()["select"] and record["selection"]["epoch"] == (kept or max(
         (h["val"]["video/accuracy"], h["epoch"]) for h in record["history"])[1])
     if kept: assert all(h["val"] == {} for h in record["history"])
     else: assert clips["val"].ids == clips["test"].ids[:12]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CREMAD_SETTINGS', 'CUTS', 'SELECTION', 'FrameClips', 'one_second', 'check_cremad_settings',
-           'sim_knobs', 'cremad_identity', 'part_names', 'cremad_task_clips', 'cremad_facts']
+           'sim_knobs', 'cremad_identity', 'cremad_selection', 'part_names', 'cremad_task_clips',
+           'cremad_facts']
 
 # %% ../../nbs/data/17a_cremad_task.ipynb #c0c2cdc9
 from dataclasses import asdict, dataclass, fields
@@ -87,6 +88,10 @@ def cremad_identity(data, cache, frames: str = "pooled") -> tuple:
 SELECTION = {"official": "The last epoch is kept: the released split holds no clips out to choose one by.",
              "on_test": "Epochs were chosen on the test clips themselves, as the release does: an upper end, "
                         "no estimate."}   # what a table says of runs on these splits
+
+def cremad_selection(data):   # None: as the recipe says
+    "'last' for the split that holds nothing out"
+    return "last" if check_cremad_settings(data)["split"] == "official" else None
 
 def part_names(data, split: str) -> list:
     "Names of the clips of a part, in the order in which they are taken"

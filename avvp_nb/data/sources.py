@@ -28,7 +28,8 @@ from .ave_task import AVE_SETTINGS, ave_identity, ave_task_clips
 from .checks import check_splits, clips_hash
 from .clip_clap import open_clip_clap, simulate_clip_clap
 from .clips import check_present, load_clips
-from .cremad_task import CREMAD_SETTINGS, cremad_identity, cremad_task_clips
+from .cremad_task import (CREMAD_SETTINGS, cremad_identity, cremad_selection,
+                                      cremad_task_clips)
 from .features import FEATURE_SETS, ON_MISSING, SOURCE_FILE, find_layout, layout_source
 from .packed import MANIFEST, Store, is_store, open_store, pack
 from .pseudo import find_pseudo
@@ -52,6 +53,7 @@ class Dataset:
     task: str = "parsing"   # what is asked of its clips, see `tasks.TASKS`
     settings: dict = field(default_factory=dict)   # name: default, of what only this data set has
     sizes: dict = field(default_factory=dict)      # scale: videos of each split, where they are its own
+    select: Optional[Callable] = None              # data -> how an epoch has to be chosen, or None
 
 DATASETS = {}   # name: `Dataset`, in the order of registration
 
@@ -255,7 +257,7 @@ def unav100_clips(data: DataSpec, split: str, n: int, annotations, store, cache,
 register_dataset("unav100", Dataset(unav100_identity, unav100_clips, "UnAV-100"));
 register_dataset("ave", Dataset(ave_identity, ave_task_clips, "AVE", "localisation", AVE_SETTINGS))
 register_dataset("cremad", Dataset(cremad_identity, cremad_task_clips, "CREMA-D", "classification",
-                                   CREMAD_SETTINGS))
+                                   CREMAD_SETTINGS, select=cremad_selection))
 register_dataset("signals", Dataset(of_signals_identity, of_signals, "real signals", settings=SIGNAL_SETTINGS,
                                     sizes=SIGNAL_SIZES));
 

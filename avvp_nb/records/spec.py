@@ -103,6 +103,8 @@ class PlainSpec(Origins):
             if getattr(s, k) is not None: r[k] = getattr(s, k)
         r |= m.recipe_by_scale.get(self.scale, {})
         r["batch_size"] = min(r["batch_size"], s.max_batch or r["batch_size"])
+        needed = DATASETS[self.data.dataset].select
+        if needed is not None: r["select"] = needed(self.data) or r["select"]
         return {**r, **{k: getattr(self, k) for k in ("epochs", "select") if getattr(self, k) is not None}}
 
     def plain(self) -> dict:
