@@ -73,7 +73,7 @@ def test_an_experiment_without_outputs_is_noticed():
     assert faults(bare) and not faults(nb)
 
 
-PAGES = ("han", "ma", "dgm", "coleaf", "zoo", "claims", "ave", "cremad", "imbalance")
+PAGES = ("han", "ma", "dgm", "coleaf", "zoo", "claims", "ave", "cremad", "imbalance", "realism")
 RECORDS = {p.stem for p in (ROOT / "figures" / "records").rglob("*.json")}
 
 
@@ -90,7 +90,7 @@ def test_every_run_that_an_experiment_shows_is_committed(name):
     assert not shown - RECORDS
 
 
-@pytest.mark.parametrize("name", ["han", "ma", "dgm", "coleaf", "zoo", "claims"])
+@pytest.mark.parametrize("name", ["han", "ma", "dgm", "coleaf", "zoo", "claims", "realism"])
 def test_an_experiment_ends_with_its_findings_and_your_numbers(name):
     nb = next(nb for nb in EXPERIMENTS if nb.name == name)
     heads = [line for s in nb.of("markdown") for line in s.splitlines() if line.startswith("## ")]

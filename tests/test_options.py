@@ -76,6 +76,7 @@ SWITCHES = {
                "scale": "small", "seeds": [[2, 3]], "features": {"features": "CREMAD", "on_missing": "drop"}, "table": True,
                "on_missing": {"on_missing": "drop", "features": "CREMAD"}, "fresh": True, "device": "cpu"},
     "imbalance": {"datasets": [["ave"], ["llp"]], "levels": [["balanced"]], "scale": "small", "seeds": [[1, 2, 3]], "train": False, "fresh": True, "device": "cpu"},
+    "realism": {"scales": [["full"]], "train": [["small"]], "seeds": [[2, 3]], "device": "cpu"},
     "signals": {"systems": [["talnet", "dgm@jomold"], []], "beside": [["ma"]], "weak": True, "scale": "small", "seeds": [[2]],
                 "sound": ["yamnet-1024", {"sound": "yamnet", "pictures": "efficientnet"}], "pictures": "efficientnet",
                 "bundle": "BUNDLE", "fresh": True, "device": "cpu"},
@@ -85,7 +86,7 @@ SWITCHES = {
               "bench": "no/such/folder"},
 }
 # Of the new place of `out` each set of parameters is a test by itself; measurements of a second are made shorter
-ALWAYS = {"ave": {"seeds": [1], "table": False}, "cremad": {"seeds": [1], "table": False, "alphas": []}, "imbalance": {"seeds": [1], "datasets": ["cremad"]}, "zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]},
+ALWAYS = {"ave": {"seeds": [1], "table": False}, "cremad": {"seeds": [1], "table": False, "alphas": []}, "imbalance": {"seeds": [1], "datasets": ["cremad"]}, "realism": {"seeds": [1]}, "zoo": {"systems": ["talnet", "han"]}, "speed": {"seconds": .05, "batch_sizes": [4], "seeds": [1]},
           "signals": {"systems": ["ma"], "beside": [], "weak": False, "seeds": [1, 2], "sound": "log-mel", "pictures": "thumbnail",
                       "bundle": "BUNDLE"}, "video": {"video": "VIDEO"}}
 NEEDED = {"signals": "BUNDLE", "video": "VIDEO"}                       # pages that need a file which optional packages write

@@ -53,8 +53,8 @@ def first_share(val) -> float:
     return float(100*val[0]/np.max(val))
 
 def jump(val, drop: int = DROP) -> float:
-    "(ii) Gain of the first epoch after the first drop of the rate, points"
-    return float(val[drop] - val[drop - 1])
+    "(ii) Gain of the first epoch after the first drop of the rate, points; NaN if training ends before it"
+    return float(val[drop] - val[drop - 1]) if drop < len(val) else math.nan
 
 def decline(val) -> float:
     "(iii) What the last epoch lacks to the best, points"
@@ -165,7 +165,8 @@ NONE = Estimate(math.nan, math.nan, math.nan, 0)
 def of_curve(test, f, records, low, high) -> Outcome:   # f: (curve, epochs to the first drop) to a number
     "A test that asks each validation curve for one number"
     real = [f(np.array(v), DROP) for v in real_runs()["han"]["val"]]
-    ours = [f(val_curve(r), r["spec"]["recipe"]["step"]) for r in records]
+    every = [f(val_curve(r), r["spec"]["recipe"]["step"]) for r in records]
+    ours = [x for x in every if not math.isnan(x)]
     return Outcome(test, estimate(ours, real) if ours else NONE, estimate(real), low, high, lacking(records),
                    tuple(records))
 
