@@ -19,7 +19,8 @@ from ..core import InputError, check_choice
 from ..counts import LEVELS, STANDARD
 from ..methods.zoo import METHODS
 from .claims import tier_of
-from .compare import SIGNS, faith_notes, faith_of, pair_printed, reduced_notes, simulated_note
+from .compare import (SIGNS, faith_notes, faith_of, own_part, pair_printed, reduced_notes,
+                                     simulated_note)
 from .groups import (check_comparable, checked, mark_of, marked_as, provenance, scale_of,
                                     scores, seeds_text, with_average)
 from .intervals import seed_interval, welch_interval
@@ -102,7 +103,7 @@ def gain_rows(name: str,           # such as "DGM+MSDU on HAN over HAN"
               usual=None,          # number of seeds that the caption says
               ) -> list:           # of `Row`
     "A block: for each level and for both the printed gain and ours"
-    sides = [{r["spec"]["seed"]: block_cells(scores(r, rule), metrics) for r in checked(rs)}
+    sides = [{r["spec"]["seed"]: block_cells(own_part(r, scores(r, rule)), metrics) for r in checked(rs)}
              for rs, rule in zip((ours, base), rules)]
     every_cell = [c for x in sides for c in x.values()]
     keys = [k for k in every_cell[0] if all(k in c for c in every_cell)]
