@@ -1,5 +1,6 @@
 """The two other data sets of DGM through the one loop: tasks, settings, runs, records, tables, commands and what is refused."""
 import json
+import re
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -258,6 +259,7 @@ def test_cremad_on_files_doctor_pack_and_run(shell, tmp_path, monkeypatch):
     assert shell("simulate", root, "--dataset", "cremad", "--videos", 6, 2, 3)[0] == 0
     status, out, err = shell("doctor", root, "--dataset", "cremad", "--quick")
     assert status == 1 and "11 of 7442 clips usable" in out
+    assert re.search(r"released split: actors of test who are in train +91\n", out)
     status, _, err = shell("run", "late_fusion", "--set", "encoder=small", "augment=True", "--cremad-features", root, "--scale", "few", "--out",
                            tmp_path / "runs", "--device", "cpu")
     assert status == 0, err

@@ -17,7 +17,7 @@ from .annotations import load_annotations
 from .ave import load_ave_labels
 from .ave_files import ave_doctor, pack_ave
 from .ave_write import write_ave
-from .cremad import cremad_split
+from .cremad import cremad_split, defects, official_split
 from .cremad_pack import cremad_doctor, pack_cremad
 from .cremad_simulate import CremadParams, write_cremad
 from .features import doctor
@@ -100,8 +100,10 @@ def _ave_simulate(folder, videos, annotations, seed: int):
 
 def _cremad_doctor(features, annotations, full: bool) -> Checked:
     report = cremad_doctor(features, full)
-    counts = pd.DataFrame({"clips": {"looked for": report.clips, "that cannot be used": len(report.problems),
-                                     "that no list names": report.extra}})
+    counts = {"looked for": report.clips, "that cannot be used": len(report.problems),
+              "that no list names": report.extra}
+    counts |= {f"released split: {k}": n for k, n in defects(official_split())["count"].items()}
+    counts = pd.DataFrame({"clips": counts})
     return Checked(report, counts, report.problems, report.ok)
 
 def _cremad_pack(features, out, annotations, **options):
