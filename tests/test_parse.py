@@ -442,18 +442,18 @@ def real(llp, tmp_path_factory):
     if not path.exists(): pytest.skip("the shared video is not there")
     try: parser = R.Parser()
     except InputError as e: pytest.skip(str(e))
-    out, began = tmp_path_factory.mktemp("real"), time.monotonic()
+    out = tmp_path_factory.mktemp("real")
     done = P.run_job(P.Job(parser, out), [path], progress=False)[0]
     if done.error: raise done.error
-    return told(out/"BjCEufrlXm4.json"), out, time.monotonic() - began
+    return told(out/"BjCEufrlXm4.json"), out
 
 
 def test_the_real_video(real):
-    j, out, took = real
+    j, out = real
     heard, seen = ([s[k] for s in j["seconds"]] for k in ("heard", "seen"))
     assert len(j["seconds"]) == 10 and sum("Dog" in x for x in heard) >= 7 and sum("Speech" in x for x in heard) >= 6
     assert sum("Dog" in x for x in seen) >= 8 and seen[0] == [] and not {"Cat", "Car"} & set(sum(heard + seen, []))
-    assert len(j["cannot_see"]) == 9 and "Speech" in j["cannot_see"] and took < 60      # 4.3 s on one idle core
+    assert len(j["cannot_see"]) == 9 and "Speech" in j["cannot_see"]
     page = (out/"BjCEufrlXm4.html").read_text()
     assert "http" not in page and page.count("<img") == 10 and "licence" in page
 

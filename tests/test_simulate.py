@@ -1,5 +1,4 @@
 """The simulator: what its specification demands of any implementation, and the promises of this one."""
-import time
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -544,8 +543,7 @@ def test_card_holds_the_generated_facts(request):
 
 
 @pytest.mark.slow
-def test_full_training_split_in_seconds():
-    t0 = time.perf_counter()
+def test_full_training_split():
     c = simulate(dtype="float16")
-    seconds = time.perf_counter() - t0
-    assert len(c) == 10_000 and seconds < 60, seconds
+    assert len(c) == 10_000 and c.weak.any(1).all()
+    for x in (c.audio, c.frames, c.motion): assert x.dtype == np.float16 and len(x) == 10_000 and all(np.isfinite(part).all() for part in np.array_split(x, 20))

@@ -526,6 +526,7 @@ def pages_of(site):
     chained([front, *books])
     tables, pictures, bench, records = results(site)
     lists = [figures_index(site, tables, pictures, bench), records_index(site)]
+    lists += [markdown_page(site, n, RESULTS) for n in ("figures/weights/README.md",) if (site.root / n).is_file()]
     data = cards(site)
     for some in (tables, pictures, bench, records, data[1:]): chained(some)
     groups = [{"name": "", "links": [(front.path, front.title), *((p.path, p.title) for p in books if not p.group)]}]
