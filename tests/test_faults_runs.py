@@ -240,7 +240,7 @@ def test_a_merge_lets_nothing_broken_in(store, tmp_path, name):
 
 
 def test_a_whole_store_is_merged(store, tmp_path):
-    assert merging.merge(store, tmp_path / "home")["copied"] == {"probabilities": 2, "weights": 2, "products": 1, "records": 2}
+    assert merging.merge(store, tmp_path / "home")["copied"] == {"probabilities": 2, "weights": 2, "products": 1, "videos": 2, "records": 2}
 
 
 # --- L2, L4, L5, L8: what killed processes leave ---------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_the_leftovers_of_a_killed_merge_go_with_the_next(store, tmp_path):
     for p in merging.PARTS: (home / p).mkdir(parents=True)
     parts = [killed_while_writing(home / p / f"han-1.{end}") for p, end in merging.PARTS.items()]
     merging.merge(store, home)
-    assert len(parts) == 4 and not list(home.rglob("*.part"))
+    assert len(parts) == len(merging.PARTS) == 5 and not list(home.rglob("*.part"))
 
 
 @posix

@@ -401,7 +401,7 @@ def test_records_alone(copy, tmp_path):
 
 def test_missing_weights_do_not_matter(copy, tmp_path):
     shutil.rmtree(copy / "weights")
-    assert merging.merge(copy, tmp_path / "home")["copied"] == {"probabilities": 2, "weights": 0, "products": 0, "records": 2}
+    assert merging.merge(copy, tmp_path / "home")["copied"] == {"probabilities": 2, "weights": 0, "products": 0, "videos": 2, "records": 2}
 
 
 @pytest.fixture

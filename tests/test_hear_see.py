@@ -1,7 +1,6 @@
 """The networks of the back ends `zeroshot` and `small`: their files, their forms, and a real video."""
 import hashlib
 import io
-import time
 import zipfile
 from importlib import metadata
 
@@ -216,17 +215,15 @@ def test_nothing_of_the_callers_world_changes(ear, eye):
 
 # ---- a real video
 
-def test_a_real_video_is_heard_and_seen_in_time():
+def test_a_real_video_is_heard_and_seen():
     "A training video of LLP with the weak label Speech, Dog; by eye there is no dog in second 0, and one from then on"
     _there(hear.PACKAGE, see.PACKAGE, "onnxruntime", "pillow", "av")
     decode = pytest.importorskip("avvp_nb.media.decode")
     path = shared("llp", "BjCEufrlXm4.mp4")
     if not path.is_file(): pytest.skip(f"{path.name} not found: set AVVP_SHARED to the folder that holds llp/")
-    start = time.process_time()
     media = decode.read_media(path)
     of = backend("zeroshot")
     both = observe(of, media)
-    spent = time.process_time() - start
     assert media.seconds == 10
     heard, seen = (both.heard >= .3), (both.seen >= .3)
     dog, speech = CLASSES.index("Dog"), CLASSES.index("Speech")
@@ -234,5 +231,4 @@ def test_a_real_video_is_heard_and_seen_in_time():
     assert seen[:, dog].sum() >= 8 and not seen[0].any()
     for c in ("Cat", "Car"): assert not (heard | seen)[:, CLASSES.index(c)].any()
     assert {CLASSES[c] for c in np.flatnonzero((heard | seen).any(0))} == {"Dog", "Speech"}
-    assert spent < 10, f"{spent:.1f} s of processor time"
     assert not both.seen[:, [CLASSES.index(c) for c in of.cannot_see]].any() and len(of.cannot_see) == 9
