@@ -6,7 +6,7 @@
 __all__ = ['SIGNS', 'SIMULATED', 'MADE_UP', 'COMPOSED', 'NO_MODEL', 'mean_sd', 'faith_of', 'own_part',
            'reduced_notes', 'faith_notes', 'our_row', 'columns_for', 'simulated_note', 'runs_note',
            'rule_of', 'ours', 'printed_rows', 'doubts', 'printed', 'difference_row', 'floor_rows',
-           'pair_printed', 'compare', 'stacked', 'stack', 'rules_table']
+           'pair_printed', 'compare', 'stack', 'rules_table', 'stacked']
 
 # %% ../../nbs/results/03_compare.ipynb #5d88f069
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from .groups import (INVENTED, check_comparable, check_repeats, checked, group, 
                                     marked_as, provenance, rule_name, scale_of, scores, seeds_text,
                                     with_average)
 from .reported import AVG, NAMES, ROW, in_order, method_name, reported_notes
-from .table import Row, Table, columns_of
+from .table import Row, Table, columns_of, stacked
 
 # %% ../../nbs/results/03_compare.ipynb #38f6ae5f
 def mean_sd(cells: list  # one dictionary (level, metric) -> number per seed
@@ -255,24 +255,7 @@ def compare(records,               # run records, or a dictionary of label to re
                  columns, notes, own.provenance)
 
 # %% ../../nbs/results/03_compare.ipynb #e5736a53
-def _on_level(row: Row, level: str, metrics) -> Row:
-    "The part of a row at one level, with the mean of the standard five"
-    cells = {("", m): row.mean[level, m] for m in metrics if (level, m) in row.mean}
-    five = [cells.get(("", m)) for m in STANDARD]
-    if None not in five: cells["", "mean"] = float(np.mean(five))
-    def same(d): return {("", m): d[level, m] for m in metrics if (level, m) in d}
-    flags = frozenset(("", m) for m in metrics if (level, m) in row.flags)
-    return Row(row.name, f"{level}, {row.source}", row.kind, cells, same(row.sd), flags, row.info, row.digits,
-               same(row.span))
-
-def stacked(table: Table) -> Table:
-    "A table of both levels with the levels below each other; any other table as it is"
-    metrics = list(dict.fromkeys(m for l, m in table.columns if l in LEVELS))
-    if {l for l, _ in table.columns if l in LEVELS} != set(LEVELS): return table
-    names = list(dict.fromkeys(r.name for r in table.rows))
-    rows = [_on_level(r, l, metrics) for n in names for l in LEVELS for r in table.rows if r.name == n]
-    columns = [("", m) for m in metrics] + [("", "mean")]*any(("", "mean") in r.mean for r in rows)
-    return Table(rows, table.caption, columns, table.notes, table.provenance)
+_all_ = ["stacked"]     # of `table`, which saves wide tables so
 
 # %% ../../nbs/results/03_compare.ipynb #5e8eca05
 def stack(tables,            # of `Table`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIGNED', 'GROUPS', 'KIND_STYLE', 'WRAP', 'TABLE_STYLE', 'CAPTION_STYLE', 'SHORT', 'TEX', 'PAGE',
-           'Row', 'cell_text', 'spans', 'columns_of', 'Formats', 'Table', 'table_of', 'blocks',
-           'shown_names', 'sides_of', 'to_html', 'to_markdown', 'tex', 'to_latex', 'to_csv',
-           'save_table']
+           'WIDE', 'Row', 'cell_text', 'spans', 'columns_of', 'Formats', 'Table', 'table_of',
+           'blocks', 'shown_names', 'sides_of', 'to_html', 'to_markdown', 'tex', 'to_latex',
+           'to_csv', 'stacked', 'save_table']
 
 # %% ../../nbs/results/02_table.ipynb #c816f57d
 import html
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, atomic_write, file_hash, write_json
-from ..counts import LEVELS
+from ..counts import LEVELS, STANDARD
 from ..records.provenance import REAL_SIGNALS, mark_facts
 from .groups import marked_as, provenance, provenance_notes
 from .reported import AVG, in_order
@@ -299,6 +299,26 @@ def to_csv(table: Table) -> str:
                            **{c: r.info.get(c) for c in ("rule", "scale", "mark")}})
     return pd.DataFrame(out).to_csv(index=False, lineterminator="\n")
 
+# %% ../../nbs/results/02_table.ipynb #bebc4518
+def _on_level(row: Row, level: str, metrics) -> Row:
+    "The part of a row at one level, with the mean of the standard five"
+    cells = {("", m): row.mean[level, m] for m in metrics if (level, m) in row.mean}
+    five = [cells.get(("", m)) for m in STANDARD]
+    if None not in five: cells["", "mean"] = float(np.mean(five))
+    def same(d): return {("", m): d[level, m] for m in metrics if (level, m) in d}
+    flags = frozenset(("", m) for m in metrics if (level, m) in row.flags)
+    return Row(row.name, f"{level}, {row.source}", row.kind, cells, same(row.sd), flags, row.info, row.digits,
+               same(row.span))
+
+def stacked(table: Table) -> Table:
+    "A table of both levels with the levels below each other; any other table as it is"
+    metrics = list(dict.fromkeys(m for l, m in table.columns if l in LEVELS))
+    if {l for l, _ in table.columns if l in LEVELS} != set(LEVELS): return table
+    names = list(dict.fromkeys(r.name for r in table.rows))
+    rows = [_on_level(r, l, metrics) for n in names for l in LEVELS for r in table.rows if r.name == n]
+    columns = [("", m) for m in metrics] + [("", "mean")]*any(("", "mean") in r.mean for r in rows)
+    return Table(rows, table.caption, columns, table.notes, table.provenance)
+
 # %% ../../nbs/results/02_table.ipynb #ecfca2bf
 PAGE = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{}</title>'
         "<style>:root{{color-scheme:light dark}}body{{font-family:sans-serif;margin:1.5em}}</style>"
@@ -311,11 +331,14 @@ def _save_provenance(stem, paths, prov, caption, mark):
                 "files": {p.name: file_hash(p) for p in paths}}, path)
     return path
 
+WIDE = 8   # columns; more are too wide for a page
+
 def save_table(table: Table,
                stem,          # path without suffix, such as figures/dgm_VII
                ) -> list:     # the paths written
-    "Write .md, .html, .tex, .csv and the provenance .json, all atomically"
-    texts = {".md": to_markdown(table), ".html": PAGE.format(html.escape(table.caption), to_html(table)),
+    "Write .md, .html (levels below each other if wide), .tex, .csv and the provenance .json, all atomically"
+    page = to_html(stacked(table) if len(table.columns) > WIDE else table)
+    texts = {".md": to_markdown(table), ".html": PAGE.format(html.escape(table.caption), page),
              ".tex": to_latex(table, f"tab:{Path(stem).name}"), ".csv": to_csv(table)}
     paths = [Path(f"{stem}{suffix}") for suffix in texts]
     for path, text in zip(paths, texts.values()):
