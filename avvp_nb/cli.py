@@ -23,6 +23,7 @@ from .core import (InputError, Output, as_meant, brief, check_choice, check_devi
 from .counts import STANDARD
 from .data.annotations import load_annotations
 from .data.pseudo import find_pseudo, pseudo_doctor
+from .data.cremad_pack import add_frames_arguments, cmd_cremad_frames
 from .data.signals_build import add_build_arguments, cmd_signals_build
 from .data.sim_labels import SPLITS
 from .data.simulate import PROFILES
@@ -307,7 +308,8 @@ COMMANDS = {   # command: (what does it, what adds its arguments)
     "parse": (parse.parse_command, parse.add_parse_arguments),
     "extract": (extract.extract_command, extract.add_extract_arguments),
     "verify": (verify.cmd_verify, verify.add_verify_arguments),
-    "signals-build": (cmd_signals_build, add_build_arguments)}
+    "signals-build": (cmd_signals_build, add_build_arguments),
+    "cremad-frames": (cmd_cremad_frames, add_frames_arguments)}
 
 class Parser(argparse.ArgumentParser):
     "A parser whose message is one line that fits on a screen, whatever was typed"

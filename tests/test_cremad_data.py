@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import close
 
+from avvp_nb.cli import main
 from avvp_nb.core import InputError, asset, shared
 from avvp_nb.data import cremad_files
 from avvp_nb.data.cremad import (
@@ -47,7 +48,7 @@ from avvp_nb.data.cremad_files import (
     spectrogram,
     training_picture,
 )
-from avvp_nb.data.cremad_pack import FORMAT, open_cremad_pack, pack_cremad, pack_note
+from avvp_nb.data.cremad_pack import FORMAT, extract_all, open_cremad_pack, pack_cremad, pack_note
 from avvp_nb.data.cremad_simulate import (
     CremadParams,
     ceilings,
@@ -441,6 +442,24 @@ def test_frames_of_a_real_video(tmp_path, llp):
     (tmp_path / "b.flv").write_bytes(b"no video")
     with pytest.raises(InputError, match="b.flv: cannot be decoded"): extract_frames(tmp_path / "b.flv", tmp_path / "b")
     assert not (tmp_path / "b").exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_all_videos_are_extracted_and_a_bad_one_stops_nothing(llp, tmp_path, capsys):
+    pytest.importorskip("av", reason="PyAV is not installed: pip install av")
+    root, videos = tmp_path / "cremad", tmp_path / "cremad" / "VideoFlash"
+    videos.mkdir(parents=True)
+    if not (llp / "BjCEufrlXm4.mp4").is_file(): pytest.skip("the shared video is not there")
+    for name in ("1001_DFA_ANG_XX", "1001_DFA_DIS_XX"): (videos / f"{name}.mp4").write_bytes((llp / "BjCEufrlXm4.mp4").read_bytes())
+    (videos / "1001_DFA_FEA_XX.flv").write_bytes(b"no video")
+    assert main(["cremad-frames", str(root)]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("2 videos extracted below") and "1 failed" in said and "1001_DFA_FEA_XX.flv: cannot be decoded" in said
+    made = {p.relative_to(root): p.stat().st_mtime_ns for p in root.rglob("*.jpg")}
+    assert len(made) > 10 and {p.parts[1] for p in made} == {"1001_DFA_ANG_XX", "1001_DFA_DIS_XX"}
+    (videos / "1001_DFA_FEA_XX.flv").unlink()
+    assert main(["cremad-frames", str(root)]) == 0 and "0 videos" in capsys.readouterr().out      # what is there stays
+    assert {p.relative_to(root): p.stat().st_mtime_ns for p in root.rglob("*.jpg")} == made and not list(root.rglob("*.part"))
+    with pytest.raises(InputError, match="holds no .flv or .mp4"): extract_all(root, tmp_path)
 
 
 # ---- clips
