@@ -54,7 +54,7 @@ smoke: ## the main job at its smallest scale, in seconds
 	@$(MAKE) --no-print-directory dgm ARGS="-p scale tiny $$ARGS"
 
 test: $(STAMP) ## the whole test suite, with coverage, in as many processes as there are cores; leaves the tree as it is
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow" -n $${JOBS:-auto} --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=85 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "not slow and not ray" -n $${JOBS:-auto} --maxprocesses 8 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=85 $(ARGS)
 
 slow: $(CLUSTER) ## the tests that take minutes: the kill campaign, every option of every notebook, Ray, what profiles reach
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -o addopts= -m "slow or ray" -n $${JOBS:-auto} --maxprocesses 8 --dist load $(ARGS)

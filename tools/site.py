@@ -559,6 +559,7 @@ def copied(site, out):
     shutil.copyfile(PARTS / "site.js", out / "site.js")
     for path in sorted((site.root / "figures").rglob("*")):
         if path.suffix not in (".png", ".svg", ".json", ".csv", ".tex", ".md") or path.name == "README.md": continue
+        if path.parent.parent.name == "records": continue     # of a study: no page is about one of them
         to = out / path.relative_to(site.root)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to)
