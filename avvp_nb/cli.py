@@ -22,8 +22,8 @@ from .core import (InputError, Output, as_meant, brief, check_choice, check_devi
                           check_seeds, check_text, cut, printable)
 from .counts import STANDARD
 from .data.annotations import load_annotations
-from .data.pseudo import find_pseudo, pseudo_doctor
 from .data.cremad_pack import add_frames_arguments, cmd_cremad_frames
+from .data.pseudo import find_pseudo, pseudo_doctor
 from .data.signals_build import add_build_arguments, cmd_signals_build
 from .data.sim_labels import SPLITS
 from .data.simulate import PROFILES

@@ -197,11 +197,16 @@ def zoo(records):
     yield "zoo_scores", compare({method_name(n): rs for n, rs in found.items()}, caption="All systems at scale tiny, F-scores in %")
 
 
+def to_judge(records):
+    "Scales at which networks were trained and two systems or more can be compared: (scale, records)"
+    for scale in (s for s in SCALES if s not in UNTRAINED):
+        if len({experiment(r["spec"]) for r in at(records, scale)}) > 1:
+            yield scale, [r for d in ("llp", *DATASET.values()) for r in at(records, scale, d)]
+
+
 def judged(records):
-    "Verdicts and findings where networks were trained: (stem, table)"
-    for scale in SCALES:
-        here = [r for d in ("llp", *DATASET.values()) for r in at(records, scale, d)]
-        if scale in UNTRAINED or not at(records, scale): continue
+    "Verdicts and findings: (stem, table)"
+    for scale, here in to_judge(records):
         lines = judge_claims(here, list(TABLES), scale)
         yield f"claims_overview_{scale}_simulated", claims_page.overview(lines)
         for p in TABLES: yield f"claims_{p}_{scale}_simulated", claims_page.claims_table(lines, p)
@@ -241,9 +246,7 @@ def from_runs(records):
 
 def verdicts(records):
     "Pictures of verdicts and of one claim: (stem, figure, provenance)"
-    for scale in SCALES:
-        here = [r for d in ("llp", *DATASET.values()) for r in at(records, scale, d)]
-        if scale in UNTRAINED or not at(records, scale): continue
+    for scale, here in to_judge(records):
         lines = judge_claims(here, list(TABLES), scale)
         behind = {p: claims_page.claims_table(lines, p).provenance for p in TABLES}
         for p in TABLES: yield f"claims_{p}_{scale}_simulated", claims_page.plot_verdicts(lines, p), behind[p]

@@ -245,18 +245,18 @@ def _copy_files(files: list, out, ends):
         out[start:end] = np.frombuffer(data, np.uint8)
 
 def _write_clips(folder: Path, found: dict, note: dict, options: dict,
-                 frames=()):   # files that are copied as they are
+                 copied=()):   # files that are taken over as they are
     "Write arrays and note beside `folder`, then rename"
     temp, n, side = folder.with_name(part_name(folder.name)), options["n"], options["side"]
-    ends = np.cumsum([0, *(os.path.getsize(p) for p in frames)])
+    ends = np.cumsum([0, *(os.path.getsize(p) for p in copied)])
     shapes = {"spectrogram": (len(found), 257, 188), "pictures": (len(found), n, side, side, 3)}
-    if frames: shapes |= {"frames": (int(ends[-1]),), "ends": ends.shape}
+    if copied: shapes |= {"frames": (int(ends[-1]),), "ends": ends.shape}
     kinds = {"spectrogram": np.float32, "pictures": np.uint8, "frames": np.uint8, "ends": np.int64}
     check_space(folder.parent, sum(math.prod(s)*np.dtype(kinds[k]).itemsize for k, s in shapes.items()))
     try:
         temp.mkdir(parents=True)
         out = {k: np.lib.format.open_memmap(temp/f"{k}.npy", "w+", kinds[k], s) for k, s in shapes.items()}
-        if frames: out["ends"][:] = ends; _copy_files(frames, out["frames"], ends)
+        if copied: out["ends"][:] = ends; _copy_files(copied, out["frames"], ends)
         for i, (stem, (sound, frames)) in enumerate(found.items()):
             rng = _clip_rng(stem, options["seed"])
             out["spectrogram"][i], out["pictures"][i] = clip_arrays(

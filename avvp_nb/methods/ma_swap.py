@@ -76,7 +76,7 @@ def draw_partners(weak,                     # (N,C) weak labels, 0 or 1
                   n_partners: int = 1,      # different partners per video
                   symmetric: bool = False,  # draw pairs (one partner each)
                   ids=None):                # names of the videos for messages
-    "Partners (N,n) whose labels are disjoint from the video's own; `InputError` names a video without one"
+    "Partners (N,n) that share no label but those of all videos; `InputError` names a video without one"
     y, rng = _labels(weak), np.random.default_rng(seed)
     ids, other = range(len(y)) if ids is None else ids, y[:, ~y.all(0)]
     if other.any(): y = other               # a label that all videos carry cannot tell them apart

@@ -111,8 +111,8 @@ class VideoScores:
 
     def has(self, *records) -> bool:
         "Is there enough in the store? Early records were committed without the scores of their videos"
-        paths = self.store.video_path, self.store.probability_path
-        return all(any(path(r["key"]).is_file() for path in paths) for r in records)
+        def kept(r): return "videos" in r and self.store.video_path(r["key"]).is_file()
+        return all(kept(r) or self.store.probability_path(r["key"]).is_file() for r in records)
 
     def rates(self, record, context: str) -> np.ndarray:
         "(event types, rates, N videos) in percent; context 'unimodal' or 'unimodal+cross', see `READ`"

@@ -15,6 +15,7 @@ from ..core import InputError, check_choice, content_hash
 from ..counts import METRICS
 from ..data.sources import DATASETS, DataSpec
 from ..methods.zoo import METHODS
+from ..records.scores import CONTEXTS
 from ..records.spec import RunSpec
 from .groups import SELECTED
 
@@ -92,7 +93,7 @@ PAIRS = {  # key of a variant -> from its value to our options
     "anchor_loss": lambda v: {"anchor_loss": v},
     **{k: (lambda v, k=k: {k: _flag(v)}) for k in ("selfmo", "tokens", "cocls")}}
 READ = {"thresholds": ("selected",), "event": ("audible_only", "visible_only", "audible_visible"),
-        "context": ("unimodal", "unimodal+cross")}
+        "context": tuple(CONTEXTS)}
 
 def pairs_of(variant: str) -> dict:
     "`key=value;key=value` as a dictionary"
