@@ -32,6 +32,7 @@ def check_paper(store, name, figures, *more):
     assert tables and all(str(store) not in p.read_text() for p in store.rglob("tables/*.json"))
 
 
+@pytest.mark.slow
 def test_han_notebook(store): check_paper(store, "han", 3)
 
 

@@ -208,6 +208,7 @@ def test_two_processes_make_the_records_of_one(tmp_path, alone):
     assert status == 0 and "epoch" not in text
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_next_call_continues(tmp_path, alone):
     records, store = alone
     process = start(tmp_path, specs=SPECS[:1], epochs=60)

@@ -38,6 +38,7 @@ def pinned(name):
     return re.search(rf"^{name}==(\S+)", (ROOT / "requirements.lock").read_text(), re.M)[1]
 
 
+@pytest.mark.slow
 def test_tables_and_pictures_are_rendered_to_the_same_bytes(made):
     "Pictures only with the version of matplotlib that drew them; no other lays text out to the same bytes"
     differ = results.differences(made)

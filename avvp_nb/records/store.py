@@ -111,7 +111,8 @@ KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,199}")   # of a run, a name of
 
 def is_number(x) -> bool:
     "A finite number, and not a truth value"
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    usual = type(x) is float or type(x) is int   # no need to ask what is a `Real`: a record holds thousands
+    return (usual or isinstance(x, Real) and not isinstance(x, bool)) and math.isfinite(x)
 
 def is_kind(x, kind) -> bool:
     "Is a value of one of the kinds of `WORDS`"

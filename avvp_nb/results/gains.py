@@ -24,7 +24,7 @@ from .compare import (SIGNS, faith_notes, faith_of, own_part, pair_printed, redu
 from .groups import (check_comparable, checked, mark_of, marked_as, provenance, scale_of,
                                     scores, seeds_text, with_average)
 from .intervals import seed_interval, welch_interval
-from .plans import Plan, PlanRow, collect, plan_row
+from .plans import Plan, by_experiment, plan_row, row_records
 from .reported import AVG, NAMES, method_name, reported
 from .rows import RATES, SHOWN, row_of
 from .table import Row, Table
@@ -235,8 +235,9 @@ def gains(plan: Plan,     # of one table of F-scores
         raise InputError("is a table of rates", where=f"{plan.paper} {plan.table}", expected="one of scores")
     metrics, blocks, whys = SHOWN.get((plan.paper, plan.table)) or STANDARD, [], {}
     if len(metrics) > len(STANDARD): metrics = ("Ao", "Vo", "AV", "Type@AVo", "Event@AVo")   # CoLeaF's own
+    found = by_experiment(records)
     for row, base, printed, why in _pairs(plan):
-        both = [_records(plan, r, records) for r in (row, base)]
+        both = [row_records(r, found) for r in (row, base)]
         if not all(both): continue
         blocks.append({"name": f"{row.label} over {base.label}", "ours": both[0], "base": both[1],
                        "metrics": metrics, "printed": printed, "rules": (row.rule, base.rule)})
@@ -244,8 +245,3 @@ def gains(plan: Plan,     # of one table of F-scores
     reasons = [f"Baseline: {', '.join(dict.fromkeys(names))}, {why}." for why, names in whys.items()]
     return gain_table(blocks, f"{NAMES[plan.paper]}, Table {plan.table}, gains over baselines", reasons,
                       paper=plan.paper, table=plan.table, wanted_seeds=list(plan.seeds), **params)
-
-def _records(plan: Plan, row: PlanRow, records) -> list:
-    "The records of one row, of the plan's seeds"
-    alone = Plan(plan.paper, plan.table, plan.scale, plan.seeds, [row], plan.data)
-    return collect(alone, records).get(row.label, [])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEEDS', 'CONTROLS', 'EXTRA', 'default_seeds', 'row_labels', 'PlanRow', 'Plan', 'as_data',
            'data_for', 'plan_row', 'plan', 'depth', 'with_first', 'all_specs', 'load_records',
-           'by_experiment', 'collect', 'render_notes', 'recorded', 'title', 'render', 'accuracies',
-           'draw', 'data_kind', 'table_stem']
+           'by_experiment', 'row_records', 'collect', 'render_notes', 'recorded', 'title',
+           'render', 'accuracies', 'draw', 'data_kind', 'table_stem']
 
 # %% ../../nbs/results/13_plans.ipynb #8e693a14
 from dataclasses import dataclass
@@ -171,13 +171,15 @@ def by_experiment(records) -> dict:
     for r in records: out.setdefault(experiment(r["spec"]), {})[r["spec"]["seed"]] = r
     return out
 
+def row_records(row: PlanRow, found: dict) -> list:
+    "The records of a row's runs, of those that `by_experiment` found, that can show what it reads"
+    rs = [found.get(experiment(s.plain()), {}).get(s.seed) for s in row.specs]
+    return [r for r in rs if r and (row.rule != SELECTED or has_selected(r))]
+
 def collect(plan: Plan, records) -> dict:
     "Row label to the records of the plan's seeds, for rows that have any that they can show"
     found = by_experiment(records)
-    def of(row):
-        rs = [found.get(experiment(s.plain()), {}).get(s.seed) for s in row.specs]
-        return [r for r in rs if r and (row.rule != SELECTED or has_selected(r))]
-    return {r.label: rs for r in plan.rows if (rs := of(r))}
+    return {r.label: rs for r in plan.rows if (rs := row_records(r, found))}
 
 # %% ../../nbs/results/13_plans.ipynb #0ccbd09e
 def render_notes(plan: Plan, found: dict) -> list:
