@@ -5,6 +5,9 @@ import pytest
 from test_notebook_dgm import papermill, records
 from tree import ROOT, Notebook
 
+from avvp_nb.records.spec import RunSpec
+from avvp_nb.runs.single import run
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -58,6 +61,7 @@ def test_coleaf_notebook_leaves_everything_it_announces(store):
 
 
 def test_claims_page(store):
+    for loss in ("both", "wsl"): run(RunSpec("han", {"loss": loss}, scale="tiny"), store, device="cpu", progress="off")
     nb = execute("claims", store)
     text = json.dumps([o for c in nb.cells for o in c.get("outputs", [])])
     assert "undecided" in text and "simulated" in text and "scale tiny" in text
