@@ -27,7 +27,7 @@ from avvp_nb.results.claims import UNTRAINED, judge_claims
 from avvp_nb.results.compare import compare, printed_rows, rules_table, stack
 from avvp_nb.results.cost import cost_table, plot_tokens
 from avvp_nb.results.errata import errata
-from avvp_nb.results.findings import EXPERIMENTS, findings
+from avvp_nb.results.findings import EXPERIMENTS, findings, main_findings
 from avvp_nb.results.gains import gained, over
 from avvp_nb.results.groups import EARLY, SELECTED, dataset_of, has_selected, mark_of, provenance, scale_of
 from avvp_nb.results.plans import collect, default_seeds, draw, plan
@@ -334,12 +334,12 @@ def calibration(records):
 
 
 def decided(records, scale="small"):
-    "The findings that are decided, and how many are not"
-    said = {f.sentence: f for e in EXPERIMENTS for f in findings(e, records, scale).found}
-    known = [f.sentence for f in sorted(said.values(), key=lambda f: f.rank) if f.rank < 3]
-    lines, left = "\n".join(f"- {s}" for s in known), len(said) - len(known)
-    told = f"Tested with at least three seeds (points, intervals of 95 %):\n\n{lines}\n\n" if known else ""
-    return f"{told}Undecided are {left} of {len(said)} questions: fewer than three seeds, or not run at this scale."
+    "The findings that matter most, and where the others are"
+    few, n, asked = main_findings(records, scale)
+    lines = "\n".join(f"- {f.sentence}" for f in few)
+    told = f"What matters most (points, intervals of 95 %, three seeds or more):\n\n{lines}\n\n" if few else ""
+    return (f"{told}{n} of {asked} questions were tested with three seeds, the others with fewer or not at this scale. Every "
+            "experiment page ends with its own findings, and [claims](nbs/claims.ipynb) judges every claim of the four papers.")
 
 
 def took(records):
