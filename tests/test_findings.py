@@ -138,3 +138,19 @@ def test_claims_in_a_sentence():
     text = F.claims_found(judge_claims([], "ma"))
     n = [int(x) for x in re.findall(r"\d+", text)]
     assert text.startswith("Of 17 claims: 0 reproduced, 0 partly, 0 not reproduced") and n[4] == 14
+
+
+def restricted(record, seed):
+    "The same run as if its training videos had been chosen; the test videos and their mark are those of the others"
+    data = record["data"] | {"identity": record["data"]["identity"] | {"train_with": "Speech", "train_most": 1272}}
+    return record | {"key": f"{record['key']}-spoken-{seed}", "data": data}
+
+
+def test_runs_on_chosen_training_videos_are_not_taken_for_the_usual_ones():
+    usual = [r for i, s in enumerate(systems("ma")) for r in runs(s, i)]
+    other = [restricted(r, i) for i, r in enumerate([r for s in systems("ma") for r in runs(s, -9.0)])]
+    assert F.findings("ma", usual + other).to_markdown() == F.findings("ma", usual).to_markdown()
+    assert F.main_findings(usual + other) == F.main_findings(usual)
+    a, b = judge_claims(usual + other, "ma"), judge_claims(usual, "ma")
+    assert a["ours"].equals(b["ours"]) and a["verdict"].equals(b["verdict"])
+    with pytest.raises(InputError, match="different training videos"): by_experiment(usual + other)

@@ -32,7 +32,7 @@ from ..records.provenance import PROVENANCES, provenance_word
 from ..records.store import Store
 from .compare import faith_of, reduced_notes
 from .cost import cost_table, printed_gflops
-from .groups import (SELECTED, dataset_of, has_selected, lost_videos, mark_of, scale_of,
+from .groups import (SELECTED, has_selected, lost_videos, mark_of, of_data,
                                     scores, versions_of)
 from .intervals import VideoScores, q_values, seed_interval, seed_p, video_interval
 from .plans import as_data, by_experiment, data_for, load_records
@@ -348,7 +348,7 @@ def judge_line(line,            # a line of `claims`
 def evidence(source, dataset: str, scale: str, data) -> tuple:
     "(records by experiment, `VideoScores` or None) of one data set; arguments as in `judge_claims`"
     if not isinstance(source, (str, Path, Store)):
-        return by_experiment([r for r in source if scale_of(r) == scale and dataset_of(r) == dataset]), None
+        return by_experiment(of_data(source, scale, dataset, data_for(dataset, data).settings)), None
     spec = data_for(dataset, data)
     return by_experiment(load_records(source, scale, spec)), VideoScores(source, scale, spec)
 

@@ -25,7 +25,7 @@ from .claims import (FAILED, MARGIN, PARTLY, REPRODUCED, UNDECIDED, claim_rows, 
                                     printed_value, tier_of, too_little)
 from .compare import simulated_note
 from .gains import Gained, difference, gained
-from .groups import dataset_of, mark_of, marked_as, provenance, scale_of, scores, seeds_text
+from .groups import mark_of, marked_as, of_data, provenance, scores, seeds_text
 from .plans import by_experiment, load_records
 from .reported import AVG, method_name
 from .rows import System, experiment, system_of
@@ -321,7 +321,7 @@ def findings(experiment: str,            # a key of `EXPERIMENTS`
     "What records say to the questions of an experiment; `InputError` for no such experiment"
     asked = EXPERIMENTS[check_choice(experiment, EXPERIMENTS, "experiment")]()
     if isinstance(source, (str, Path, Store)): records = load_records(source, scale, data)
-    else: records = [r for r in source if scale_of(r) == scale and dataset_of(r) == data.dataset]
+    else: records = of_data(source, scale, data.dataset, data.settings)
     found = by_experiment(records)
     said = [replace(answer(q, found, scale, data), asked=q.asked) if isinstance(q, Question)
             else replace(q(found, scale, data), asked=q.__name__) for q in asked]

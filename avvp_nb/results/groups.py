@@ -6,9 +6,9 @@
 __all__ = ['INVENTED', 'NEEDED', 'SELECTED', 'EARLY', 'invented_record', 'check_record', 'dataset_of',
            'checked', 'scale_of', 'mark_of', 'marked_as', 'with_average', 'selected_state',
            'has_selected', 'scored_under', 'rule_name', 'scores', 'flatten', 'flat_spec',
-           'run_name', 'auto_labels', 'check_repeats', 'group', 'tested_on', 'check_comparable',
-           'seeds_text', 'setting', 'versions_of', 'versions_note', 'lost_videos', 'missing_notes',
-           'provenance', 'provenance_notes']
+           'run_name', 'auto_labels', 'check_repeats', 'group', 'tested_on', 'training_part',
+           'of_data', 'check_comparable', 'seeds_text', 'setting', 'versions_of', 'versions_note',
+           'lost_videos', 'missing_notes', 'provenance', 'provenance_notes']
 
 # %% ../../nbs/results/01_groups.ipynb #4e79e870
 import re
@@ -225,11 +225,25 @@ def tested_on(record) -> str:
     "The mark of the data that a run was tested on; `real` when nothing is simulated"
     return re.sub("(; )?simulated pseudo-labels.*", "", record["data"]["mark"]) or "real"
 
+def training_part(record) -> str:
+    "Which training videos alone a run was given, in words; empty when it had all of them"
+    known = record["data"].get("identity", {})
+    most, carry = known.get("train_most"), known.get("train_with")
+    parts = [f"at most {most:,} videos" if most else "videos", f"with {carry}" if carry else ""]
+    return f"trained on {' '.join(filter(None, parts))}" if most or carry else ""
+
+def of_data(records, scale: str, dataset: str = "llp", settings=()) -> list:
+    "Of mixed records those of one scale, one data set and one training set (`settings`: see `DataSpec`)"
+    part = training_part({"data": {"identity": dict(settings)}})
+    return [r for r in records
+            if (scale_of(r), dataset_of(r), training_part(r)) == (scale, dataset, part)]
+
 def check_comparable(records):
     "Refuse records of different scales or data in one table (`InputError`)"
     for what, values in (("scales", {scale_of(r) for r in records}),
                          ("data sets", {dataset_of(r) for r in records}),
-                         ("data", {tested_on(r) for r in records})):
+                         ("data", {tested_on(r) for r in records}),
+                         ("training videos", {training_part(r) or "trained on all" for r in records})):
         if len(values) > 1:
             raise InputError(f"different {what}: {', '.join(sorted(values))}", where="records",
                              expected="one scale and one kind of data",

@@ -21,7 +21,7 @@ from ..methods.zoo import METHODS
 from ..records.store import Store, whole_record
 from .compare import simulated_note
 from .groups import (check_record, dataset_of, mark_of, marked_as, provenance, run_name,
-                                    scale_of, scores)
+                                    scale_of, scores, training_part)
 from .intervals import t_quantile
 from .reported import AVG
 from .table import Row, Table
@@ -146,11 +146,11 @@ def _line(name, mine, theirs, spread) -> tuple:
     return Row(name, source, "", dict(zip(COLUMNS, cells)), info=info), (name, gap, usual)
 
 def _name(record) -> str:
-    "An experiment in words: its method, what differs from the defaults, labels, and the data set unless LLP"
+    "An experiment in words: its method, what differs from the defaults, labels, training videos, data set"
     spec, defaults = record["spec"], getattr(METHODS.get(record["spec"]["method"]), "options", {})
     own = [f"{k}={v}" for k, v in spec["options"].items()
            if k not in ("modulate", "msdu") and v != defaults.get(k)]      # these two are in the name
-    also = [spec.get("labels"), *([d] if (d := dataset_of(record)) != "llp" else [])]
+    also = [spec.get("labels"), training_part(record), *([d] if (d := dataset_of(record)) != "llp" else [])]
     return " ".join([run_name(spec), *own, *filter(None, also)])
 
 # %% ../../nbs/results/27_verify.ipynb #174cbdec
