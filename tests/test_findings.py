@@ -83,7 +83,7 @@ def test_a_sentence_says_what_the_gain_says():
     assert f.sentence.startswith("Whether DGM with MSDU improves HAN is not certain: ") and f.rank == 1
 
 
-@pytest.mark.parametrize("heads, whole, answer", [(2.0, 2.0, "yes"), (2.0, -1.0, "yes"), (2.0, 4.0, "no"), (0.0, 0.0, "open"), (-2.0, -2.0, "open"), (0.0, 2.0, "no")])
+@pytest.mark.parametrize("heads, whole, answer", [(2.0, 2.0, "yes"), (2.0, -1.0, "yes"), (2.0, 4.0, "no"), (0.0, 0.0, "open"), (-2.0, -2.0, "no"), (0.0, 2.0, "no")])
 def test_heads_and_modulation_are_told_apart(heads, whole, answer):
     records = runs(system_of("han")) + runs(F._dgm("han", modulate=False), heads, noise=0.01 if heads else 1.0) + runs(F._dgm("han"), whole, noise=0.01 if heads else 1.0)
     if (heads, whole) == (0.0, 0.0): records = runs(system_of("han"), noise=1.0) + runs(F._dgm("han", modulate=False), noise=1.0) + runs(F._dgm("han"), noise=1.0)
@@ -154,3 +154,9 @@ def test_runs_on_chosen_training_videos_are_not_taken_for_the_usual_ones():
     a, b = judge_claims(usual + other, "ma"), judge_claims(usual, "ma")
     assert a["ours"].equals(b["ours"]) and a["verdict"].equals(b["verdict"])
     with pytest.raises(InputError, match="different training videos"): by_experiment(usual + other)
+
+
+def test_heads_that_cost_points_are_said_to():
+    whole, heads, base = F._dgm("jomold"), F._dgm("jomold", modulate=False), F.System("jomold")
+    said = F.findings("dgm", [*runs(whole, -2.0), *runs(heads, -2.0), *runs(base)]).found
+    assert any(f.rank == 0 and f.answer == "no" and f.sentence.startswith("On JoMoLD, MSDU's heads cost points") for f in said)

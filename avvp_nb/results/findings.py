@@ -69,6 +69,7 @@ class Question:
     open: str                  # not certain
     answer: Callable = field(default=lambda *gs: gain_of(gs[0]))   # differences -> True, False or None
     bad: bool = False          # the answer that is a negative result
+    worse: str = ""            # instead of `open`, where the first contrast certainly costs points
 
 # %% ../../nbs/results/26_findings.ipynb #96cc6700
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def answer(question: Question, found, scale: str, data: DataSpec = DataSpec()) -
     reason = too_little(seeds, scale)
     if reason: return Found(f"undecided: {reason}. {question.asked} ({numbers})", "undecided", 3, every)
     said = question.answer(*got)
+    if said is None and question.worse and got[0].high < 0:
+        return Found(f"{question.worse}: {numbers} ({seeds_text([seeds])}).", "no", 0, every)
     word = {True: "yes", False: "no", None: "open"}[said]
     rank = 1 if said is None else 0 if said == question.bad else 2
     return Found(f"{getattr(question, word)}: {numbers} ({seeds_text([seeds])}).", word, rank, every)
@@ -128,7 +131,8 @@ def _dgm_questions(on: str) -> tuple:
                  f"On {name}, MSDU's heads bring the gain and modulation does not",
                  f"On {name}, modulation adds to what MSDU's heads bring",
                  f"On {name}, neither MSDU's heads nor modulation brings a gain that is certain",
-                 lambda a, b: False if b.low > 0 else True if a.low > 0 else None, bad=True),
+                 lambda a, b: False if b.low > 0 else True if a.low > 0 else None, bad=True,
+                 worse=f"On {name}, MSDU's heads cost points and modulation does not make up for it"),
         Question(f"What does the noise of Eq. 9 do on {name}?",
                  (Contrast("the full method over the same without noise", whole, quiet),),
                  f"The noise of Eq. 9 helps on {name}", f"The noise of Eq. 9 costs points on {name}",
