@@ -333,12 +333,12 @@ def calibration(records):
             "in print. Every other level is the simulator's, so gains are compared and levels are not.")
 
 
-def decided(records, scale="small"):
+def what_matters(records, scale="small"):
     "The findings that matter most, and where the others are"
-    few, n, asked = main_findings(records, scale)
+    few, tested, asked = main_findings(records, scale)
     lines = "\n".join(f"- {f.sentence}" for f in few)
     told = f"What matters most (points, intervals of 95 %, three seeds or more):\n\n{lines}\n\n" if few else ""
-    return (f"{told}{n} of {asked} questions were tested with three seeds, the others with fewer or not at this scale. Every "
+    return (f"{told}{tested} of {asked} questions were tested with three seeds, the others with fewer or not at this scale. Every "
             "experiment page ends with its own findings, and [claims](nbs/claims.ipynb) judges every claim of the four papers.")
 
 
@@ -361,7 +361,7 @@ def block():
     head = "| gain in points | score | printed | ours, simulated, small |\n|---|---|---:|---:|"
     table = "\n".join([head, *(gain_line(small, *g) for g in GAINS)])
     parts = [table, "Printed gains are differences of single runs on real features; ours have a 95 % interval over seeds, and none for one seed.",
-             calibration(records), decided(small), took(small)]
+             calibration(records), what_matters(small), took(small)]
     return "\n\n".join(filter(None, parts))
 
 

@@ -347,9 +347,9 @@ def judge_line(line,            # a line of `claims`
 # %% ../../nbs/results/16_claims.ipynb #1aaf959d
 def evidence(source, dataset: str, scale: str, data) -> tuple:
     "(records by experiment, `VideoScores` or None) of one data set; arguments as in `judge_claims`"
-    if not isinstance(source, (str, Path, Store)):
-        return by_experiment(of_data(source, scale, dataset, data_for(dataset, data).settings)), None
     spec = data_for(dataset, data)
+    if not isinstance(source, (str, Path, Store)):
+        return by_experiment(of_data(source, scale, dataset, spec.settings)), None
     return by_experiment(load_records(source, scale, spec)), VideoScores(source, scale, spec)
 
 def judge_claims(source,                        # a `Store` or its folder, or a list of records

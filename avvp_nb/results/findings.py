@@ -78,7 +78,7 @@ class Found:
     sentence: str
     answer: str                # "yes", "no", "open" or "undecided"
     rank: int                  # 0: a negative result, 1: not certain, 2: a positive one, 3: undecided
-    records: tuple = ()        # behind it
+    records: tuple = field(default=(), repr=False)   # behind it
     asked: str = ""            # the question, or the name of the function that answered
 
 def _numbers(contrast: Contrast, got: Gained) -> str:
@@ -340,11 +340,11 @@ def main_findings(source,           # as for `findings`
                   scale: str = "small",
                   data: DataSpec = DataSpec(),
                   most: int = 5,
-                  ) -> tuple:       # (the first decided `Found` of `MAIN`, how many are decided, of how many)
-    "The findings that matter most, and how many there are"
+                  ) -> tuple:       # (the first tested `Found` of `MAIN`, how many were tested, of how many)
+    "The findings that matter most, and how many questions were tested: on enough seeds, with any answer"
     every = {f.asked: f for e in EXPERIMENTS for f in findings(e, source, scale, data).found}
-    decided = [f for f in every.values() if f.rank < 3]
-    return [every[a] for a in MAIN if every[a] in decided][:most], len(decided), len(every)
+    tested = {a: f for a, f in every.items() if f.rank < 3}
+    return [tested[a] for a in MAIN if a in tested][:most], len(tested), len(every)
 
 # %% ../../nbs/results/26_findings.ipynb #5dc50534
 def claims_found(lines: pd.DataFrame) -> str:
