@@ -381,6 +381,7 @@ def stores(kind, tmp_path):
 kinds = pytest.mark.parametrize("kind", ["folder", "url"])
 
 
+@pytest.mark.slow
 @kinds
 def test_kill_9_of_a_driver(tmp_path, reference, kind):
     "Killed in the middle of a run and started again: nothing is lost, nothing is done twice"
@@ -395,6 +396,7 @@ def test_kill_9_of_a_driver(tmp_path, reference, kind):
     assert essences(store) == reference and not any(stage.glob("checkpoints/*.pt"))
 
 
+@pytest.mark.slow
 @kinds
 def test_two_drivers_on_one_store(tmp_path, reference, kind):
     to, store, _ = stores(kind, tmp_path)
@@ -405,6 +407,7 @@ def test_two_drivers_on_one_store(tmp_path, reference, kind):
 
 # --- Slurm's stand-in ------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_submitit_runs_the_same(tmp_path, reference, monkeypatch):
     pytest.importorskip("submitit", reason="pip install 'avvp_nb[cluster]'")
     monkeypatch.setattr(cluster, "Requeued", SmallRequeued)

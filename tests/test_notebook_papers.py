@@ -60,6 +60,7 @@ def test_coleaf_notebook_leaves_everything_it_announces(store):
     for r in records(store).values(): assert "only" in r and "kept" in r["selected"], r["key"]
 
 
+@pytest.mark.slow
 def test_claims_page(store):
     for loss in ("both", "wsl"): run(RunSpec("han", {"loss": loss}, scale="tiny"), store, device="cpu", progress="off")
     nb = execute("claims", store)

@@ -191,6 +191,7 @@ def same_run(ours, theirs, store, other_store):
         k: v for k, v in theirs.items() if k in ("key", "spec", "selection", "floors", "first", "rule")}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_records_of_one(tmp_path, alone):
     "In stages too: MA's base model and its refined labels are made once and read by both"
     records, store = alone

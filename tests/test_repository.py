@@ -55,6 +55,7 @@ def spoil(path, change):
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_module_edited_by_hand_is_noticed_and_mended(project):
     check.export(project)
     assert check.out_of_step(project) == []

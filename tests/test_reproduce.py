@@ -533,6 +533,7 @@ def parse(*argv):
     return p.parse_args([str(a) for a in argv])
 
 
+@pytest.mark.slow
 def test_the_command(store, trained, capsys, monkeypatch):
     R.cmd_reproduce(parse("ma", "--table", 4, "--scale", "tiny", "--seeds", 1, 2, "--out", store.root, "--progress", "off"))
     out = capsys.readouterr().out
