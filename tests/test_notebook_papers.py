@@ -69,6 +69,7 @@ def test_claims_page(store):
     assert "of this store" in text, "its own runs, and not the committed ones"
 
 
+@pytest.mark.slow
 def test_claims_page_of_an_empty_store_reads_the_committed_records(tmp_path):
     out = tmp_path / "claims.ipynb"
     done = papermill(ROOT / "nbs" / "claims.ipynb", out, "-p", "out", tmp_path / "runs")
@@ -78,7 +79,7 @@ def test_claims_page_of_an_empty_store_reads_the_committed_records(tmp_path):
     assert (tmp_path / "runs" / "tables" / "claims_dgm_small_simulated.md").exists() and not (tmp_path / "runs" / "records").exists()
 
 
-@pytest.mark.parametrize("name", ["han", "ma", "coleaf", "claims"])
+@pytest.mark.parametrize("name", ["han", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ma", "coleaf", "claims"))])
 def test_mistyped_parameter(tmp_path, name):
     done = papermill(ROOT / "nbs" / f"{name}.ipynb", tmp_path / "x.ipynb", "-p", "scal", "tiny", "-p", "out", tmp_path / "runs")
     assert done.returncode != 0 and "scal: no such parameter" in done.stderr and not (tmp_path / "runs").exists()

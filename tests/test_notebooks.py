@@ -8,6 +8,11 @@ from nbrun import run_all
 from tree import NOTEBOOKS, ROOT, files
 
 LIBRARY = [nb for nb in NOTEBOOKS if not nb.training]
+# They train networks for ten to twenty seconds each, and run with the tests that take minutes
+LONG = {"data/15_ave_simulate", "data/17_cremad_simulate", "data/18a_signals_features", "media/01b_container", "methods/04_ma_swap",
+        "methods/05_ma_refine", "methods/06_ma", "methods/07_jomold", "methods/10_cmpae", "methods/12_coleaf", "methods/15_ave",
+        "methods/17_noisy", "methods/22_uwav", "results/06_figures_han", "runs/00_single", "runs/02_parallel", "scale", "train/05_stack"}
+SHORT, LONG = ([nb for nb in LIBRARY if (nb.name in LONG) == long] for long in (False, True))
 
 
 def snapshot():
@@ -19,17 +24,28 @@ def snapshot():
 def executed(request):
     "Results by name of the notebooks that were selected, and the tree before and after"
     wanted = {item.callspec.params["nb"].name for item in request.session.items
-              if item.path == request.path and item.name.startswith("test_library_notebook_runs")} or {nb.name for nb in LIBRARY}
-    chosen, before = [nb for nb in LIBRARY if nb.name in wanted], snapshot()
+              if item.path == request.path and item.name.startswith("test_library_notebook_runs")} or {nb.name for nb in SHORT}
+    chosen, before = [nb for nb in SHORT if nb.name in wanted], snapshot()
     results = run_all([f"nbs/{nb.name}.ipynb" for nb in chosen], ROOT)
     return dict(zip([nb.name for nb in chosen], results)), before, snapshot()
 
 
-@pytest.mark.parametrize("nb", LIBRARY, ids=lambda nb: nb.name)
-def test_library_notebook_runs(nb, executed):
-    done = executed[0][nb.name]
+def succeeded(done):
     assert done.returncode == 0, done.said[-6000:]
     assert "Success." in done.said, f"nbdev_test ran nothing: {done.said}"
+
+
+@pytest.mark.parametrize("nb", SHORT, ids=lambda nb: nb.name)
+def test_library_notebook_runs(nb, executed): succeeded(executed[0][nb.name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nb", LONG, ids=lambda nb: nb.name)
+def test_long_library_notebook_runs(nb):
+    before = snapshot()
+    succeeded(*run_all([f"nbs/{nb.name}.ipynb"], ROOT))
+    assert snapshot() == before
+
 
 
 def test_notebooks_leave_the_tree_as_it_was(executed):

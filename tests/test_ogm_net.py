@@ -117,7 +117,7 @@ def one_step(net, clips, alpha=.8):
 CASES = ["ogm_concat_loss", "ogm_concat_loss_chirp", "ogm_sum_loss", "ogm_sum_loss_chirp", "ogm_film_loss_chirp", "ogm_gated_loss_chirp"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow]*x.endswith("chirp")) for x in CASES])
 def test_loss_and_gradients(golden, keys, clips, name):
     "In float64 tightly; in float32, where single decisions of ReLU flip, within the recorded tolerances"
     case, fusion = golden(name), name.split("_")[1]

@@ -235,8 +235,8 @@ def test_a_killed_process_ends_all_and_the_next_call_continues(tmp_path, alone):
 
 @pytest.mark.parametrize("fails, message", [
     ("nan", r"process 0 of 2 ends: NotFiniteError: loss term 'audio' is nan in epoch 1, batch 1"),
-    ("share", r"process 1 of 2 ends: InputError: share: out of luck"),
-    ("folder", r"process [01] of 2 ends: InputError: checkpoint: begin at epochs \[2, 0\]")])
+    pytest.param("share", r"process 1 of 2 ends: InputError: share: out of luck", marks=pytest.mark.slow),
+    pytest.param("folder", r"process [01] of 2 ends: InputError: checkpoint: begin at epochs \[2, 0\]", marks=pytest.mark.slow)])
 def test_a_process_that_fails_ends_all_with_its_message(tmp_path, fails, message):
     text, status = said(start(tmp_path, specs=SPECS[:1], fails=fails))
     assert status != 0 and re.search(message, text), text
