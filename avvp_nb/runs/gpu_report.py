@@ -186,7 +186,7 @@ def benchmark_jobs(out: Path, device, batch_sizes=(16, 128), seconds: float = 3.
     jobs += [(f"{USUAL}, batch {b}, {n} stacked", many(n, b)) for b, n in each]
     if cuda:
         jobs += [(f"{USUAL}, batch {b}, fp32, {e}", rate(batch_size=b, engine=e)) for b in batch_sizes
-                 for e in ENGINES[1:]]
+                 for e in ("compile", "graphs")]
         jobs += [(f"{USUAL}, batch {b}, {n} stacked, graphs" + ", tf32"*(p == "tf32"),
                   many(n, b, engine="graphs", precision=p)) for b, n in each for p in ("fp32", "tf32")]
     return [measurement(out, device, name, f) for name, f in jobs]

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from ..core import InputError, Parsing
 from ..data.clips import Batch
+from .dropout import OwnDropout, word_mask
 from .learner import Learner, detached, two_passes
 
 # %% ../../nbs/train/04_lanes.ipynb #25682ce8
@@ -30,30 +29,22 @@ class Mask(NamedTuple):
     p: float
     dtype: torch.dtype
 
-class Together(TorchFunctionMode):
+class Together(OwnDropout):
     "Inside this block dropout uses masks from outside"
     def __init__(self):
         super().__init__()
         self.notes, self.masks = [], None    # what dropout was asked for; what it uses, None in a rehearsal
-        self.own = {F.dropout: self.dropout, F.scaled_dot_product_attention: self.attention}
-
-    def __torch_function__(self, f, types, args=(), kwargs=None):
-        return self.own.get(f, f)(*args, **(kwargs or {}))
 
     def dropout(self, x, p=0.5, training=True, inplace=False):
         if not training or not p: return x
         self.notes.append(Mask(tuple(x.shape), p, x.dtype))
         return x if self.masks is None else x*self.masks[len(self.notes) - 1]
 
-    def attention(self, q, k, v, attn_mask=None, dropout_p=0.0):
-        s = q@k.mT/q.shape[-1]**.5
-        if attn_mask is not None: s = s.masked_fill(~attn_mask, -torch.inf)
-        return self.dropout(s.softmax(-1), dropout_p)@v
-
 # %% ../../nbs/train/04_lanes.ipynb #e9d76571
 def drawn(masks,             # list of `Mask`
           generators,        # one for each run
-          at_once: bool):    # one draw for each run, or one for each run and mask
+          at_once: bool,     # one draw for each run, or one for each run and mask
+          words: bool = False):   # those of the engine `quick-dropout`
     "Tensors (R,...), one for each mask: 0, or 1/(1-p)"
     if not masks: return []
     device = generators[0].device
@@ -65,8 +56,10 @@ def drawn(masks,             # list of `Mask`
                 for x, m in zip(noise.split(sizes, 1), masks)]
     out = [torch.empty(len(generators), *m.shape, dtype=m.dtype, device=device) for m in masks]
     for x, m in zip(out, masks):
-        for row, g in zip(x, generators): row.bernoulli_(1 - m.p, generator=g)
-    return [x.div_(1 - m.p) for x, m in zip(out, masks)]
+        for row, g in zip(x, generators):
+            if words: row.copy_(word_mask(m.shape, m.p, m.dtype, g))
+            else: row.bernoulli_(1 - m.p, generator=g)
+    return out if words else [x.div_(1 - m.p) for x, m in zip(out, masks)]
 
 # %% ../../nbs/train/04_lanes.ipynb #b9e71c43
 class Slot(int):
@@ -353,7 +346,8 @@ class Calls:
         if key not in self.rehearsed:
             with torch.no_grad(): go(None)
             self.rehearsed[key] = together.notes
-        tensors = go(drawn(self.rehearsed[key], self.generators, self.device.type != "cpu"))
+        tensors = go(drawn(self.rehearsed[key], self.generators, self.device.type != "cpu",
+                           self.engine == "quick-dropout"))
         return Pass(structure[0], tensors)
 
 # %% ../../nbs/train/04_lanes.ipynb #b7ee69ca

@@ -29,6 +29,7 @@ from ..core import InputError, Parsing, check_choice
 from ..surroundings import (at_home, bf16_slowdown, check_trainable, deterministic_mode, explained,
                                   products, usual)
 from ..tasks import task_of
+from .dropout import dropout_of
 from .graphs import Recorded, tape_for
 
 # %% ../../nbs/train/00_learner.ipynb #72977fc0
@@ -226,19 +227,20 @@ def check_terms(values,            # (n,K) tensor: K loss terms of n consecutive
                          "with `avvp_nb.data.features.doctor`")
 
 # %% ../../nbs/train/00_learner.ipynb #1d18a5ac
-ENGINES = ("eager", "compile", "graphs")
+ENGINES = ("eager", "compile", "graphs", "quick-dropout")
 _ENGINE = ContextVar("engine", default="eager")
 
 def check_engine(engine, device) -> str:
     "The engine, or that of the block for None; `InputError` for one that this device has not got"
     engine, device = check_choice(engine or _ENGINE.get(), ENGINES, "engine"), pick_device(device)
-    if engine != "graphs" or tape_for(device): return engine
-    raise InputError("'graphs' needs a GPU", where="engine",
-                     expected=f"'eager' or 'compile' on {device.type}")
+    faults = {"graphs": "" if tape_for(device) else "needs a GPU",
+              "quick-dropout": "" if device.type == "cpu" else "is for the CPU"}
+    if not faults.get(engine): return engine
+    expected = " or ".join(repr(e) for e in ENGINES if not faults.get(e)) + f" on {device.type}"
+    raise InputError(f"{engine!r} {faults[engine]}", where="engine", expected=expected)
 
 @contextmanager
-def using(engine,                  # one of `ENGINES`, or None: no change
-          device: str = "auto"):   # must have it
+def using(engine, device: str = "auto"):   # one of `ENGINES`, or None: no change; a device that has it
     "Learners that are made inside the block and name no engine get this one"
     token = _ENGINE.set(check_engine(engine, device))
     try: yield
@@ -250,8 +252,7 @@ class Engine:
     def start_engine(self, engine):
         "Refuse an engine that this machine has not got; `net` is what computes the forward pass"
         self.engine, self.net, self.said = check_engine(engine, self.device), self.model, set()
-        if self.engine == "graphs" and self.device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.device)
+        if (self.engine, self.device.type) == ("graphs", "cuda"): self.stream = torch.cuda.Stream(self.device)
         if self.engine == "compile": self.net = torch.compile(self.model, dynamic=False)
 
     def say_once(self, text: str):
@@ -262,13 +263,12 @@ class Engine:
 
     @contextmanager
     def steps(self):
-        "Around the steps of an epoch: the arithmetic, and with the engine 'graphs' a stream of their own"
-        with products(self.precision):
+        "Around the steps of an epoch: the arithmetic, dropout, and for 'graphs' a stream of their own"
+        with products(self.precision), dropout_of(self.engine):
             if self.engine != "graphs" or self.device.type != "cuda": yield; return
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream), warnings.catch_warnings():
-                # of the optimiser, about the ordinary steps before a recording
-                warnings.filterwarnings("ignore", ".*capturable=True.*")
+                warnings.filterwarnings("ignore", ".*capturable=True.*")    # in the steps before a recording
                 yield
             torch.cuda.current_stream().wait_stream(self.stream)
 
