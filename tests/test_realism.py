@@ -20,8 +20,8 @@ from avvp_nb.results.realism_page import (
     nearest,
     plot_realism,
     printed_han,
-    recorded_runs,
     rows_of,
+    runs_in,
 )
 from avvp_nb.runs.single import run
 
@@ -203,12 +203,12 @@ def test_an_impossible_subset_is_refused_before_any_work(settings, message, tmp_
 def test_the_runs_of_the_page_are_found_in_any_folder(tmp_path):
     specs = {"HAN": rz.realism_specs("tiny", [1])["HAN"]}
     store = Store(tmp_path / "s")
-    assert absent(specs, recorded_runs(specs, [tmp_path])) == specs["HAN"]
+    assert absent(specs, runs_in(specs, [tmp_path])) == specs["HAN"]
     key = run_key(specs["HAN"][0], identify(DataSpec(), None)[0])
     committed = ROOT / "figures" / "records" / f"{key}.json"
     store.record_path(key).parent.mkdir(parents=True)
     store.record_path(key).write_bytes(committed.read_bytes())
-    got = recorded_runs(specs, [tmp_path / "none", tmp_path])
+    got = runs_in(specs, [tmp_path / "none", tmp_path])
     assert [r["key"] for r in got["HAN"]] == [key] and not absent(specs, got)
 
 

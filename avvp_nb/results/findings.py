@@ -129,7 +129,7 @@ def _dgm_questions(on: str) -> tuple:
                  (Contrast(f"MSDU's heads alone, over {name}", heads, System(on)),
                   Contrast("modulation on top of them", whole, heads)),
                  f"On {name}, MSDU's heads bring the gain and modulation does not",
-                 f"On {name}, modulation adds to what MSDU's heads bring",
+                 f"On {name}, modulation on top of MSDU's heads brings points",
                  f"On {name}, neither MSDU's heads nor modulation brings a gain that is certain",
                  lambda a, b: False if b.low > 0 else True if a.low > 0 else None, bad=True,
                  worse=f"On {name}, MSDU's heads cost points and modulation does not make up for it"),
