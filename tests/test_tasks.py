@@ -27,8 +27,8 @@ from avvp_nb.records.weights import load_weights
 from avvp_nb.results import plans
 from avvp_nb.results.accuracies import accuracy_table
 from avvp_nb.results.imbalance import (
-    LEVELS,
     STUDIES,
+    WEAKNESS,
     effects,
     findings_of,
     plot_study,
@@ -345,7 +345,7 @@ def test_the_time_of_other_tasks_can_be_announced(small, tmp_path):
 
 def test_every_system_and_level_of_the_study_is_possible():
     for d, study in STUDIES.items():
-        assert tuple(study.levels) == LEVELS and len(LEVELS) == 3 and next(iter(study.systems)) == "plain"
+        assert tuple(study.levels) == WEAKNESS and len(WEAKNESS) == 3 and next(iter(study.systems)) == "plain"
         keys = [s.plain() for level in study.levels for part in study_specs(d, level, seeds=(1,)).values() for s in part]
         assert len({json.dumps(k, sort_keys=True) for k in keys}) == len(study.systems)      # levels differ in data alone
 
