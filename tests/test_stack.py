@@ -216,7 +216,7 @@ def test_masks_keep_the_right_share_and_belong_to_their_run(at_once):
 def test_masks_drawn_at_once_do_not_depend_on_the_neighbours(monkeypatch):
     "As on a GPU"
     original = lanes_.drawn
-    monkeypatch.setattr(lanes_, "drawn", lambda masks, generators, at_once: original(masks, generators, True))
+    monkeypatch.setattr(lanes_, "drawn", lambda masks, generators, at_once, words: original(masks, generators, True))
     few, many, other = ([jomold(r, lambda *a, **k: Lane(*a, **{**FIT, **k})) for r in rs] for rs in ((0, 1), (2, 1, 3, 0), (0,)))
     for lanes in (few, many, other): StackedLearner(lanes).fit()
     same(few, [many[3], many[1]])
