@@ -8,11 +8,12 @@ from nbrun import run_all
 from tree import NOTEBOOKS, ROOT, files
 
 LIBRARY = [nb for nb in NOTEBOOKS if not nb.training]
-# They train networks for ten to twenty seconds each, and run with the tests that take minutes
-LONG = {"data/15_ave_simulate", "data/17_cremad_simulate", "data/18a_signals_features", "media/01b_container", "methods/04_ma_swap",
+# They take ten seconds and more each, most of them in training, and run with the tests that take minutes
+PATIENCE = {"data/15_ave_simulate", "data/17_cremad_simulate", "data/18a_signals_features", "media/01b_container", "methods/04_ma_swap",
         "methods/05_ma_refine", "methods/06_ma", "methods/07_jomold", "methods/10_cmpae", "methods/12_coleaf", "methods/15_ave",
         "methods/17_noisy", "methods/22_uwav", "results/06_figures_han", "runs/00_single", "runs/02_parallel", "scale", "train/05_stack"}
-SHORT, LONG = ([nb for nb in LIBRARY if (nb.name in LONG) == long] for long in (False, True))
+SHORT, LONG = ([nb for nb in LIBRARY if (nb.name in PATIENCE) == long] for long in (False, True))
+assert len(LONG) == len(PATIENCE), "a notebook of PATIENCE has another name now"
 
 
 def snapshot():
@@ -45,7 +46,6 @@ def test_long_library_notebook_runs(nb):
     before = snapshot()
     succeeded(*run_all([f"nbs/{nb.name}.ipynb"], ROOT))
     assert snapshot() == before
-
 
 
 def test_notebooks_leave_the_tree_as_it_was(executed):

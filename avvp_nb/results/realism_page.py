@@ -27,8 +27,8 @@ from .reported import reported
 from .table import Row, Table
 
 # %% ../../nbs/results/30a_realism_page.ipynb #dbc26bf4
-def runs_in(specs: dict,     # label: specs, see `realism_specs`
-                  folders) -> dict:   # label: records
+def runs_in(specs: dict,           # label: specs, see `realism_specs`
+            folders) -> dict:      # label: records
     "What is recorded of these runs in any of the folders or below them, the first one first"
     files = {}
     for folder in folders:
