@@ -35,6 +35,7 @@ from avvp_nb.methods.losses import GuidedLoss
 from avvp_nb.methods.official import to_official
 from avvp_nb.results import speed
 from avvp_nb.runs import measure
+from avvp_nb.train.dropout import dropout_of
 from avvp_nb.train.learner import Callback, Learner, batches
 
 FEATURES = {"audio": "vggish", "frames": "res152", "motion": "r2plus1d_18"}
@@ -107,6 +108,11 @@ def ours(model, clips, batch_size, epochs, precision="fp32"):
     return keep.seen
 
 
+def quick(*args):
+    "The same with the engine `quick-dropout`"
+    with dropout_of("quick-dropout"): return ours(*args)
+
+
 def pair(dropout, seed=0):
     "Our network and the reference with the same weights"
     torch.manual_seed(seed)
@@ -146,7 +152,7 @@ def at(size, root, clips, epochs, rounds):
     "Videos per second at one batch size: the reference, ours, ours in bfloat16; the ceiling, and the share of it"
     (model, reference), gemm = pair(0.1), products(size)
     loops = {"reference": lambda: reference_epochs(reference, root, clips, size, epochs), "ours": lambda: ours(model, clips, size, epochs),
-             "bf16": lambda: ours(model, clips, size, epochs, "bf16")}
+             "bf16": lambda: ours(model, clips, size, epochs, "bf16"), "quick": lambda: quick(model, clips, size, epochs)}
     t = in_turns(loops | {name: f for name, (f, _) in gemm.items()}, rounds)
     rates = {name: gflop / t[name] for name, (_, gflop) in gemm.items()}
     part, best = clips[:size], max(rates.values())
@@ -154,12 +160,14 @@ def at(size, root, clips, epochs, rounds):
     n, steps = len(clips) * epochs, epochs * len(clips) / size
     rate = cost["ours"]["GFLOP"] * steps / t["ours"]
     return {"reference videos/s": n / t["reference"], "ours videos/s": n / t["ours"], "ours in bf16 videos/s": n / t["bf16"],
+            "ours with quick-dropout videos/s": n / t["quick"],
             "reference GFLOP/step": cost["reference"]["GFLOP"], "ours GFLOP/step": cost["ours"]["GFLOP"],
             "reference GB/step": cost["reference"]["GB"], "ours GB/step": cost["ours"]["GB"],
             "ceiling, products, GFLOP/s": rates, "ceiling, GFLOP/s": best, "reference GFLOP/s": cost["reference"]["GFLOP"] * steps / t["reference"],
             "ours GFLOP/s": rate, "ours, % of the ceiling": 100 * rate / best,
             "ratio at the ceiling": t["reference"] * best / (cost["ours"]["GFLOP"] * steps),
-            "ratio": t["reference"] / t["ours"], "ratio in bf16 (other numbers)": t["reference"] / t["bf16"]}
+            "ratio": t["reference"] / t["ours"], "ratio with quick-dropout": t["reference"] / t["quick"],
+            "ratio in bf16 (other numbers)": t["reference"] / t["bf16"]}
 
 
 def stacks(n, rounds, size=16, batches_=4, **kwargs):
@@ -177,8 +185,9 @@ def stacks(n, rounds, size=16, batches_=4, **kwargs):
 
 def goals(found):
     "What is wanted of two CPU cores, and what was reached"
-    return {"share of the ceiling at batch 128, %": {"wanted": 70, "reached": found["batch 128"]["ours, % of the ceiling"]},
-            "times the per-file loop at batch 16": {"wanted": 2.5, "reached": found["batch 16"]["ratio"]}}
+    times = {f"times the per-file loop at batch {size}": {"wanted": wanted, "reached": found[f"batch {size}"]["ratio"]}
+             for size, wanted in ((16, 2.2), (128, 3.0))}
+    return {"share of the ceiling at batch 128, %": {"wanted": 75, "reached": found["batch 128"]["ours, % of the ceiling"]}, **times}
 
 
 def run(videos=512, epochs=1, rounds=3):

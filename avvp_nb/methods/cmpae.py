@@ -110,12 +110,10 @@ def hybrid_streams(layer,        # `HybridAttention`
                    own, other,   # (B,T,D)
                    mask=None):   # (B,T) bool, False where the video is padded
     "H(own, other) with and without cross-attention, (B,T,D) each, sharing all that is common"
-    sa, ca = layer.project(own, other)
-    m, p = None if mask is None else mask[:, None, :], layer.drop.p if layer.training else 0.
-    def attend(qkv, out):
-        return layer.drop(out(F.scaled_dot_product_attention(*qkv, attn_mask=m, dropout_p=p)))
-    alone = own + attend(sa, layer.out_self)
-    again = own + attend(sa, layer.out_self) if p else alone                             # other dropout masks
+    merged, (sa, ca) = layer.paired(own, other)
+    def attend(qkv, out): return layer.drop(layer.output(qkv, out, merged, mask))
+    dropped, alone = layer.training and layer.drop.p, own + attend(sa, layer.out_self)
+    again = own + attend(sa, layer.out_self) if dropped else alone                       # other dropout masks
     x = layer.norm1(torch.cat([again + attend(ca, layer.out_cross), alone]))             # (2B,T,D)
     return layer.norm2(x + layer.drop(layer.ffn2(layer.drop(F.relu(layer.ffn1(x)))))).chunk(2)
 

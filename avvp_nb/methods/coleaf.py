@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OFFICIAL', 'PAPER', 'READINGS', 'PROTOCOLS', 'ANCHOR_LOSSES', 'OPTIONS', 'CMPAE_WEIGHTS',
            'RECIPE', 'RECIPE_BY_PROTOCOL', 'RULE', 'UNUSED', 'REFERENCE_UNUSED', 'ENTRY',
-           'SelfAttention', 'ReferenceParts', 'Reference', 'Protocol', 'check_options',
+           'SelfMaps', 'SelfAttention', 'ReferenceParts', 'Reference', 'Protocol', 'check_options',
            'hand_over', 'attended', 'AnchorTerms', 'CoLeaFLoss', 'own_random', 'build_references',
            'reference_log', 'ReferencesCB', 'anchor_labels', 'CoLeaFCB', 'anchor_base',
            'build_coleaf', 'coleaf_keys', 'reference_keys', 'build_around', 'check_coleaf',
@@ -30,7 +30,7 @@ from .coleaf_terms import (COOCCURRENCE, NCE, REFERENCE_LOSSES, ReferenceOutput,
                                           asymmetric, cooccurrence, cooccurrence_gap, event_contrast,
                                           event_shares, mixed_teacher, nce_official, nce_paper, pseudo_labels,
                                           reference_loss)
-from .han import VisualProjection, key_pair, pooled_frames
+from .han import VisualProjection, key_pair, merged_maps, pooled_frames
 from .losses import bce
 from .method import Layout, Method, build_backbone, register
 from ..train.learner import Callback, check_terms, detached, epoch_seed, inputs
@@ -41,8 +41,8 @@ _all_ = [COOCCURRENCE, NCE, REFERENCE_LOSSES, ReferenceOutput, above, asymmetric
          pseudo_labels, reference_loss]
 
 # %% ../../nbs/methods/12_coleaf.ipynb #a029e0e6
-class SelfAttention(nn.Module):
-    "The HAN layer without cross-attention, over any tokens (B,N,D)"
+class SelfMaps(nn.Module):
+    "Parameters of `SelfAttention`, and the queries, keys and values they make"
     def __init__(self, dim: int = 512, hidden: int = 512, dropout: float = 0.1):
         super().__init__()
         self.qkv, self.out = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
@@ -52,21 +52,38 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.qkv.weight)
         for b in (self.qkv.bias, self.out.bias): nn.init.zeros_(b)
 
+    def merged(self, x,                  # (B,T,D)
+               asking: int = 0):         # tokens beside those of a video that have queries
+        "Maps multiplied out, or None where that is dearer"
+        saved = x.shape[0]*(2*x.shape[1] + asking)               # rows of features times a map
+        if saved < 4*x.shape[2] or torch.is_autocast_enabled(x.device.type): return None
+        return merged_maps(self.qkv.weight, self.qkv.bias, self.out.weight)
+
+    def project(self, x, maps=None):
+        "Queries, keys and values, (B,T,D) each"
+        if maps is None: return self.qkv(x).chunk(3, -1)
+        q, v = F.linear(x, *maps).chunk(2, -1)
+        return q, x, v
+
+# %% ../../nbs/methods/12_coleaf.ipynb #e8f49cd3
+class SelfAttention(SelfMaps):
+    "The HAN layer without cross-attention, over any tokens (B,N,D)"
     def forward(self, x,                 # (B,T,D) tokens
                 mask=None,               # (B,T), False for tokens that nobody may look at
                 classes=None,            # (1,C,D) tokens in front of them, the same in every video
                 scores: bool = True):    # do these look around as well
         "Tokens after attention and feed-forward half, (B,C+T,D), or (B,T,D) without scores or class tokens"
-        q, k, v = self.qkv(x).chunk(3, -1)
+        maps = self.merged(x, classes.shape[1] if classes is not None and scores else 0)
+        q, k, v = self.project(x, maps)
         if classes is not None:
-            cq, ck, cv = self.qkv(classes).expand(len(x), -1, -1).chunk(3, -1)
+            cq, ck, cv = (y.expand(len(x), -1, -1) for y in self.project(classes, maps))
             k, v = torch.cat([ck, k], 1), torch.cat([cv, v], 1)
             if scores: q, x = torch.cat([cq, q], 1), torch.cat([classes.expand(len(x), -1, -1), x], 1)
             if mask is not None: mask = F.pad(mask, (classes.shape[1], 0), value=True)
         m = None if mask is None else mask[:, None, :]
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=m,
                                            dropout_p=self.drop.p if self.training else 0.)
-        x = self.norm1(x + self.drop(self.out(a)))
+        x = self.norm1(x + self.drop(self.out(a) if maps is None else a + self.out.bias))
         return self.norm2(x + self.drop(self.ffn2(self.drop(F.relu(self.ffn1(x))))))
 
 # %% ../../nbs/methods/12_coleaf.ipynb #443c4abc

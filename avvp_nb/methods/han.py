@@ -91,16 +91,22 @@ class HybridAttention(HybridMaps):
         if self.merge is not None: return self.merge
         return own.shape[0]*own.shape[1] >= 2*own.shape[2] and not torch.is_autocast_enabled(own.device.type)
 
+    def paired(self, own, other, cross_attention: bool = True) -> tuple:
+        "Are maps multiplied out, and (q,k,v) of the self-attention and, if wanted, of the cross-attention"
+        merged = self.merges(own)
+        return merged, (merged_qkv if merged else HybridMaps.project)(self, own, other, cross_attention)
+
+    def output(self, qkv, out, merged: bool = False, mask=None):
+        "What an attention with the output map `out` returns, (B,T,D)"
+        m, dropout = None if mask is None else mask[:, None, :], self.drop.p if self.training else 0.
+        x = F.scaled_dot_product_attention(*qkv, attn_mask=m, dropout_p=dropout)
+        return x + out.bias if merged else out(x)
+
     def attend(self, own, other, cross_attention: bool = True, mask=None):
         "Yield the output of the self-attention and, if wanted, of the cross-attention, (B,T,D) each"
-        m, merge = None if mask is None else mask[:, None, :], self.merges(own)
-        if merge: pairs = merged_qkv(self, own, other, cross_attention)
-        else: pairs = self.project(own, other, cross_attention)
-        dropout = self.drop.p if self.training else 0.
+        merged, pairs = self.paired(own, other, cross_attention)
         for qkv, out in zip(pairs, (self.out_self, self.out_cross)):
-            if qkv is None: return
-            x = F.scaled_dot_product_attention(*qkv, attn_mask=m, dropout_p=dropout)
-            yield x + out.bias if merge else out(x)
+            if qkv is not None: yield self.output(qkv, out, merged, mask)
 
     def forward(self, own, other, cross_attention: bool = True, mask=None):
         "H(own, other) for features (B,T,D); `mask` (B,T) is False where a video is padded"
