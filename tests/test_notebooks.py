@@ -8,10 +8,12 @@ from nbrun import run_all
 from tree import NOTEBOOKS, ROOT, files
 
 LIBRARY = [nb for nb in NOTEBOOKS if not nb.training]
-# They take ten seconds and more each, most of them in training, and run with the tests that take minutes
+# They take six seconds and more each, most of them in training, and run with the tests that take minutes
 PATIENCE = {"data/15_ave_simulate", "data/17_cremad_simulate", "data/18a_signals_features", "media/01b_container", "methods/04_ma_swap",
         "methods/05_ma_refine", "methods/06_ma", "methods/07_jomold", "methods/10_cmpae", "methods/12_coleaf", "methods/15_ave",
-        "methods/17_noisy", "methods/22_uwav", "results/06_figures_han", "runs/00_single", "runs/02_parallel", "scale", "train/05_stack"}
+        "methods/17_noisy", "methods/22_uwav", "results/06_figures_han", "runs/00_single", "runs/02_parallel", "scale", "train/05_stack",
+        "data/12_unav_simulate", "methods/08a_valor_plus", "methods/14_picture_baselines", "methods/18_dhhn", "methods/23_psp",
+        "results/07_figures_ma", "results/11_cost", "results/18_claims_page"}
 SHORT, LONG = ([nb for nb in LIBRARY if (nb.name in PATIENCE) == long] for long in (False, True))
 assert len(LONG) == len(PATIENCE), "a notebook of PATIENCE has another name now"
 

@@ -114,7 +114,7 @@ def _bars(ax, names, real, ours, title):
     for k, (values, colour, label) in enumerate(((real, REAL, "real"), (ours, OURS, "simulated"))):
         ax.bar(np.arange(len(names)) + .4*k - .2, values, .38, color=colour, label=label)
     ax.set_xticks(range(len(names)), names, fontsize=7); ax.set_xlim(-.6, len(names) - .4)
-    ax.set(title=title); ax.legend(fontsize=7)
+    ax.margins(y=.25); ax.set(title=title); ax.legend(fontsize=7)      # room for the legend above the bars
 
 def _tested(by_scale, labels) -> tuple:
     "(scale, mean test scores) of the first scale that has all labels, NaN where there is none"
