@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from avvp_nb.cli import main
 from avvp_nb.core import InputError, shared
 from avvp_nb.data import signals, signals_features
 from avvp_nb.data.annotations import with_facts
@@ -67,6 +68,21 @@ def test_a_file_that_changes_after_opening_is_noticed(tmp_path):
     item = b.of("visual", "beep", "train")[0]
     (tmp_path / item.file).write_bytes(b"other")
     with pytest.raises(InputError, match="is not the file that the manifest names"): signals.view_pictures(b, item.file)
+
+
+def test_the_doctor_names_every_damaged_file_and_ends_with_status_1(tmp_path, capsys):
+    b = toy_bundle(tmp_path / "toy")
+    assert main(["doctor", str(b.root), "--dataset", "signals"]) == 0
+    for x in b.items[:3]: (b.root / x.file).write_bytes(b"")
+    (b.root / b.items[3].file).unlink()
+    assert main(["doctor", str(b.root), "--dataset", "signals"]) == 1
+    out = capsys.readouterr().out
+    assert "3 is not the file that the manifest names" in out and "1 no such file" in out, out
+    assert main(["doctor", str(b.root), "--dataset", "signals", "--quick"]) == 1
+    for args in (["pack", str(b.root), str(tmp_path / "p"), "--dataset", "signals"],
+                 ["simulate", str(tmp_path / "q"), "--dataset", "signals", "--videos", "1", "1", "1"]):
+        assert main(args) == 2 and not (tmp_path / args[2][-1]).exists()
+    assert main(["simulate", str(tmp_path / "q"), "--dataset", "signals"]) == 0
 
 
 # ---- the recipe

@@ -22,6 +22,7 @@ from .cremad_pack import cremad_doctor, pack_cremad
 from .cremad_simulate import CremadParams, write_cremad
 from .features import doctor
 from .packed import pack
+from .signals import open_bundle, toy_bundle
 from .sim_files import write_simulated
 from .sim_labels import SPLITS
 from .unav100 import load_unav
@@ -117,9 +118,33 @@ def _cremad_simulate(folder, videos, annotations, seed: int):
     split = cremad_split("validated", seed)
     return write_cremad(folder, [s for k, m in zip(SPLITS, n) for s in split[k][:m]], CremadParams(seed=seed))
 
+# %% ../../nbs/data/20_tools.ipynb #b3ba59b1
+def _signals_doctor(features, annotations, full: bool) -> Checked:
+    bundle, rows = open_bundle(features, read=False), []
+    for x in bundle.items:
+        try:
+            if full: bundle.read(x.file)
+            elif not (bundle.root/x.file).is_file():
+                raise InputError("no such file", fix="restore it, or build the bundle again")
+        except InputError as e:
+            rows.append((x.recording, x.file, e.what, "", e.expected or "", e.fix or ""))
+    problems = pd.DataFrame(rows, columns=["id", "file", "problem", "found", "expected", "fix"])
+    counts = pd.crosstab(*([getattr(x, k) for x in bundle.items] for k in ("modality", "split")),
+                         rownames=["files"], colnames=["split"])[list(SPLITS)]
+    return Checked(bundle, counts, problems, not rows)
+
+def _signals_pack(features, out, annotations, **options):
+    raise InputError("is not packed", where="--dataset signals", fix="give the bundle to `run --signals`; "
+                     "its features are computed once and kept in the cache")
+
+def _signals_simulate(folder, videos, annotations, seed: int):
+    if videos != "tiny": raise InputError("the toy bundle has one size", where="simulate", fix="leave it out")
+    return toy_bundle(folder, seed)
+
 # %% ../../nbs/data/20_tools.ipynb #53a28838
 TOOLS = {"llp": Tools(_llp_doctor, _llp_pack, _llp_simulate, "the folder of LLP's annotation files"),
          "unav100": Tools(_unav_doctor, _unav_pack, _unav_simulate, "the JSON file of UnAV-100"),
          "ave": Tools(_ave_doctor, _ave_pack, _ave_simulate, "Annotations.txt of AVE, if it is elsewhere",
                       needed=False, whole=True),
-         "cremad": Tools(_cremad_doctor, _cremad_pack, _cremad_simulate, "", needed=False)}
+         "cremad": Tools(_cremad_doctor, _cremad_pack, _cremad_simulate, "", needed=False),
+         "signals": Tools(_signals_doctor, _signals_pack, _signals_simulate, "", needed=False)}
