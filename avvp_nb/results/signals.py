@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['signal_specs', 'oracle_as_rows', 'half_width', 'seeds_for', 'decided', 'recordings_interval',
-           'timeline_gains', 'holds', 'holding']
+           'timeline_gains', 'holds', 'holding', 'gains_told', 'removals_told', 'weak_told']
 
 # %% ../../nbs/results/29_signals.ipynb #5fd21d40
 import math
@@ -121,3 +121,28 @@ def holding(simulated: Mapping, real: Mapping, scale: str, baseline: str = "HAN"
         out.append(f"{first}{name} over {baseline}: {a} on the simulator, {b} on real signals; "
                    f"the difference {holds(a, b)}.")
     return out
+
+# %% ../../nbs/results/29_signals.ipynb #1bd3449e
+def _told(gains: Mapping) -> str: return "; ".join(f"{k} {g}" for k, g in gains.items())
+
+def gains_told(gains: Mapping, baseline: str = "HAN", points: float = 2.) -> list:    # label: `Gained`
+    "Who loses, who is not certain, who gains over a baseline, and what these seeds decide; sentences"
+    kinds = {"Certain losses against": {k: g for k, g in gains.items() if g.high < 0},
+             "Neither certainly better nor worse than": {k: g for k, g in gains.items() if not g.certain},
+             "Certain gains over": {k: g for k, g in gains.items() if g.low > 0}}
+    out = [f"{what} {baseline} in the mean of ten scores, {len(some) or 'none'} of {len(gains)} systems"
+           + (f": {_told(some)}." if some else ".") for what, some in kinds.items()]
+    sizes = [half_width(g) for g in gains.values()]
+    return out + [f"{next(iter(gains.values())).seeds} seeds decide differences from {min(sizes):.1f} to "
+                  f"{max(sizes):.1f} points, depending on the system; {points:g} points are decided for "
+                  f"{sum(s <= points for s in sizes)} of {len(sizes)}."]
+
+def removals_told(removed: pd.DataFrame) -> str:    # modality: precision, precision by lot
+    "How good MA's removals are, in a sentence"
+    each = [f"of {'sound' if m == 'audio' else 'vision'} {100*r['precision']:.0f} % "
+            f"(by lot {100*r['precision by lot']:.0f} %)" for m, r in removed.iterrows()]
+    return f"Of the labels that MA removes, so many are false: {', '.join(each)}."
+
+def weak_told(gains: Mapping, name: str = "DGM+MSDU on HAN") -> str:    # level: `Gained`
+    "What a system gains where a modality is weak, in a sentence"
+    return f"{name} over HAN, by what is weak: {_told(gains)}."
