@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'WRAPPERS', 'PREFIX', 'MAX_WEIGHTS', 'SUFFIXES', 'READERS', 'optional', 'version_of',
-           'bare_tensors', 'read_tensors', 'weight_facts']
+           'bare_tensors', 'read_tensors', 'check_sha', 'weight_facts']
 
 # %% ../../nbs/media/00_extras.ipynb #e8226d36
 import re
@@ -122,6 +122,12 @@ def _check_tensor(name, x, path):
     raise InputError(f"{shown(name, 60)} is a {type(x).__name__}", where=path, expected="a tensor")
 
 # %% ../../nbs/media/00_extras.ipynb #19029e0b
+def check_sha(found: str, wanted, where, fix: str = "install the version that the README names"):
+    "Raise an `InputError` where a file has another SHA-256 than is wanted; None: any"
+    if wanted and found != wanted:
+        raise InputError(f"is another file (SHA-256 {found[:16]}...)", where=where,
+                         expected=f"{wanted[:16]}...", fix=fix)
+
 def weight_facts(path,
                  licence: str,        # in words: of what, and who says so
                  sha256: str = None,  # what the file must be; None: any
@@ -130,7 +136,5 @@ def weight_facts(path,
     path = Path(path)
     try: found, size = file_hash(path), path.stat().st_size
     except OSError as e: raise InputError(f"cannot be read ({reason(e)})", where=path) from e
-    if sha256 and found != sha256:
-        raise InputError(f"is another file (SHA-256 {found[:16]}...)", where=path,
-                         expected=f"{sha256[:16]}...", fix="install the version that the README names")
+    check_sha(found, sha256, path)
     return {"file": path.name, "sha256": found, "bytes": size, "licence": licence}

