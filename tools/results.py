@@ -29,7 +29,16 @@ from avvp_nb.results.cost import cost_table, plot_tokens
 from avvp_nb.results.errata import errata
 from avvp_nb.results.findings import EXPERIMENTS, findings, main_findings
 from avvp_nb.results.gains import gained, over
-from avvp_nb.results.groups import EARLY, SELECTED, dataset_of, has_selected, mark_of, provenance, scale_of
+from avvp_nb.results.groups import (
+    EARLY,
+    SELECTED,
+    dataset_of,
+    has_selected,
+    mark_of,
+    provenance,
+    run_name,
+    scale_of,
+)
 from avvp_nb.results.plans import collect, default_seeds, draw, plan
 from avvp_nb.results.plots import (
     class_name,
@@ -51,6 +60,7 @@ from avvp_nb.results.rules import (
     selection_effect,
     settings,
 )
+from avvp_nb.results.signals import decided
 from avvp_nb.results.systems import cards, plot_cost, plot_family, system_names, system_spec, with_runs
 from avvp_nb.results.table import table_of
 from avvp_nb.runs.reproduce import gain_block
@@ -215,9 +225,47 @@ def judged(records):
             if found.records: yield f"findings_{e}_{scale}", found.table()
 
 
+WEAK = {"as chosen": ("yamnet", "efficientnet"), "sound weak": ("log-mel", "efficientnet"), "pictures weak": ("yamnet", "thumbnail")}
+
+
+def of_signals():
+    "Committed records of real signals: (scale, description of sound, of pictures) -> label -> records, HAN first, then by year"
+    found, order = {}, ["han", *system_names()]
+    def whole(spec): return spec["method"] in order and spec["options"] == RunSpec(spec["method"], backbone=spec["backbone"]).plain()["options"]
+    records = [whole_record(p) for p in sorted((FIGURES / "records" / "signals").glob("*.json"))]
+    records = [r for r in records if whole(r["spec"])]            # without the stages before a system
+    for r in sorted(records, key=lambda r: (order.index(r["spec"]["method"]), run_name(r["spec"]), r["seed"])):
+        said = r["data"]["identity"]
+        found.setdefault((scale_of(r), said["sound"], said["pictures"]), {}).setdefault(run_name(r["spec"]), []).append(r)
+    return found
+
+
+def real_signals(_):
+    "Systems on timelines of real sounds and pictures, from records of their own: (stem, table)"
+    found, notebook = of_signals(), "nbs/signals.ipynb"
+    for scale in SCALES:
+        by = {level: found.get((scale, *kinds), {}) for level, kinds in WEAK.items()}
+        main = by["as chosen"]
+        if len(main) < 2: continue
+        flat = [r for rs in main.values() for r in rs]
+        yield f"signals_{scale}", compare(main, caption=f"Real signals: systems at scale {scale}, F-scores in %", notebook=notebook)
+        yield f"signals_{scale}_gains", over(main, "HAN", caption=f"Real signals: gain over HAN at scale {scale}", notebook=notebook)
+        for base, on in (("JoMoLD", ["DGM+MSDU on JoMoLD"]), ("CMPAE", ["CoLeaF"])):
+            pair = {k: main[k] for k in (base, *on) if k in main}
+            if len(pair) > 1 and base in pair:
+                yield f"signals_{scale}_gains_{base.lower()}", over(pair, base, caption=f"Real signals: gain over {base}", notebook=notebook)
+        yield f"signals_{scale}_decided", table_of(decided(main), "Gains in the mean of ten scores over HAN", flat, notebook=notebook)
+        on = "DGM+MSDU on HAN"
+        gains = {k: gained(rs[on], rs["HAN"]) for k, rs in by.items() if {on, "HAN"} <= rs.keys()}
+        if len(gains) > 1:
+            cells = {k: {"gain of DGM+MSDU over HAN": str(g), "seeds": g.seeds} for k, g in gains.items()}
+            behind = [r for rs in by.values() for n in ("HAN", on) for r in rs.get(n, [])]
+            yield f"signals_{scale}_weak", table_of(DataFrame(cells).T, "DGM where one modality is weak", behind, notebook=notebook)
+
+
 def tables(records):
     "Every table that records decide: stem -> `Table`"
-    return {stem: t for part in (planned, by_rule, taken_apart, one_paper, zoo, judged) for stem, t in part(records)}
+    return {stem: t for part in (planned, by_rule, taken_apart, one_paper, zoo, judged, real_signals) for stem, t in part(records)}
 
 
 # ---------------------------------------------------------------- pictures

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['signal_specs', 'oracle_as_rows', 'half_width', 'seeds_for', 'decided', 'recordings_interval',
-           'timeline_gains', 'holds', 'holding', 'gains_told', 'removals_told', 'weak_told']
+           'timeline_gains', 'holds', 'holding', 'gains_told', 'over_bases', 'bases_told',
+           'removals_told', 'weak_told']
 
 # %% ../../nbs/results/29_signals.ipynb #5fd21d40
 import math
@@ -122,7 +123,7 @@ def holding(simulated: Mapping, real: Mapping, scale: str, baseline: str = "HAN"
                    f"the difference {holds(a, b)}.")
     return out
 
-# %% ../../nbs/results/29_signals.ipynb #1bd3449e
+# %% ../../nbs/results/29_signals.ipynb #9f3177ab
 def _told(gains: Mapping) -> str: return "; ".join(f"{k} {g}" for k, g in gains.items())
 
 def gains_told(gains: Mapping, baseline: str = "HAN", points: float = 2.) -> list:    # label: `Gained`
@@ -136,6 +137,18 @@ def gains_told(gains: Mapping, baseline: str = "HAN", points: float = 2.) -> lis
     return out + [f"{next(iter(gains.values())).seeds} seeds decide differences from {min(sizes):.1f} to "
                   f"{max(sizes):.1f} points, depending on the system; {points:g} points are decided for "
                   f"{sum(s <= points for s in sizes)} of {len(sizes)}."]
+
+def over_bases(records: Mapping, apart: str = "han") -> dict:    # label: `Gained`
+    "What systems gain over the network that they train, where it is among the records and not the baseline"
+    plain = {rs[0]["spec"]["method"]: k for k, rs in records.items() if _base(rs) == rs[0]["spec"]["method"]}
+    return {f"{k} over {plain[b]}": gained(rs, records[plain[b]]) for k, rs in records.items()
+            if (b := _base(rs)) in plain and b != apart and k != plain[b]}
+
+def _base(records) -> str: return records[0]["spec"]["backbone"]
+
+def bases_told(gains: Mapping) -> list:
+    "The gains of `over_bases` in a sentence, or none"
+    return [f"Over the network that they train: {_told(gains)}."] if gains else []
 
 def removals_told(removed: pd.DataFrame) -> str:    # modality: precision, precision by lot
     "How good MA's removals are, in a sentence"
