@@ -233,7 +233,7 @@ def of_signals():
     found, order = {}, ["han", *system_names()]
     def whole(spec): return spec["method"] in order and spec["options"] == RunSpec(spec["method"], backbone=spec["backbone"]).plain()["options"]
     records = [whole_record(p) for p in sorted((FIGURES / "records" / "signals").glob("*.json"))]
-    records = [r for r in records if whole(r["spec"])]            # without the stages before a system
+    records = [r for r in records if dataset_of(r) == "signals" and whole(r["spec"])]      # no stage before a system, no simulator beside
     for r in sorted(records, key=lambda r: (order.index(r["spec"]["method"]), run_name(r["spec"]), r["seed"])):
         said = r["data"]["identity"]
         found.setdefault((scale_of(r), said["sound"], said["pictures"]), {}).setdefault(run_name(r["spec"]), []).append(r)
