@@ -148,7 +148,7 @@ def plot_refined(ref,            # `Refinement` with probabilities
 # %% ../../nbs/results/07_figures_ma.ipynb #5fccede0
 def removal_shares(ref,           # `Refinement`
                    clips=None,    # its training videos with known dense labels, or None
-                   classes=None,
+                   classes=None,  # names; None: those of the clips, or LLP's
                    ) -> pd.DataFrame:  # index class; (modality, share)
     "Shares of the labels of each class: removed and, where the truth is known, right, wrong and false"
     n, out = np.maximum(ref.weak.sum(0), 1), {}
@@ -159,6 +159,7 @@ def removal_shares(ref,           # `Refinement`
         false = ref.weak & (np.asarray(truth) == 0)
         out |= {(m, "right"): (removed & false).sum(0)/n, (m, "wrong"): (removed & ~false).sum(0)/n,
                 (m, "false"): false.sum(0)/n}
+    if classes is None: classes = getattr(clips, "classes", None)
     frame = pd.DataFrame(out, index=pd.Index(ref.names(classes), name="class"))
     return frame[ref.weak.any(0)]
 
