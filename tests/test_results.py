@@ -9,6 +9,7 @@ from tree import ROOT, load
 from avvp_nb.data.sources import DataSpec
 from avvp_nb.methods.zoo import METHODS
 from avvp_nb.records.spec import RunSpec, run_key
+from avvp_nb.records.store import whole_record
 from avvp_nb.results.claims import UNTRAINED
 from avvp_nb.results.groups import check_record
 
@@ -106,13 +107,23 @@ def test_committed_records_are_whole(records):
         assert r["data"]["mark"].startswith("simulated") or not r["data"]["simulated"]
 
 
+def test_committed_records_of_real_signals_are_whole_and_say_so():
+    found = [whole_record(p) for p in sorted((FIGURES / "records" / "signals").glob("*.json"))]
+    assert len(found) >= 100
+    for r in found:
+        check_record(r)
+        composed = r["data"]["identity"].get("dataset") == "signals"
+        assert (r["data"]["simulated"], r["data"]["mark"].startswith("real signals")) == (not composed, composed)
+        assert (FIGURES / "videos" / "signals" / f"{r['key']}.npz").exists() or not composed or r["spec"]["method"] == "jomold_estimator", r["key"]
+
+
 def test_committed_records_stay_small():
     assert sum(p.stat().st_size for p in (FIGURES / "records").rglob("*.json")) < 20e6
 
 
 def test_every_run_behind_a_table_or_picture_is_committed(records):
     from avvp_nb.core import read_json
-    known = {r["key"] for r in records}
+    known = {r["key"] for r in records} | {p.stem for p in (FIGURES / "records" / "signals").glob("*.json")}
     for p in sorted(FIGURES.rglob("*.json")):
         if {"records", "bench"} & set(p.parts): continue
         assert set(read_json(p).get("runs", [])) <= known, p.relative_to(FIGURES)
