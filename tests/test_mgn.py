@@ -33,6 +33,7 @@ from avvp_nb.methods.mgn import (
     time_factor,
 )
 from avvp_nb.methods.official import from_official, to_official
+from avvp_nb.metrics import check_parsing
 from avvp_nb.records.spec import RunSpec
 from avvp_nb.records.store import Store
 from avvp_nb.records.weights import load_weights
@@ -385,11 +386,13 @@ def test_an_interrupted_run_continues_to_the_same_end(tmp_path):
     assert micro.same_weights(again.model, whole.model)
 
 
-def test_scores_of_seconds_may_exceed_one_and_are_decided_as_they_are():
+def test_scores_of_a_network_that_is_sure_end_at_one_and_are_scored():
+    "The released factor is above 1: a sure network was refused by the metrics, in the middle of its training"
     net = tiny().eval()
     for h in net.heads: torch.nn.init.constant_(h.bias, 4.)
     p = predict(net, micro.toy_clips(8))
-    assert p.segments.max() > 1 and (p.audio <= 1).all()
+    assert p.segments.max() == 1 and (p.audio <= 1).all() and p.segments.min() > .5
+    assert check_parsing(p).segments.max() == 1
     assert (METHODS["mgn"].rule, METHODS["mgn"].faith, METHODS["mgn"].rows) == ("han", "code", {"mgn": {}})
 
 

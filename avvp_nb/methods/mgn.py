@@ -252,8 +252,8 @@ class MGN(MGNParts):
                          expected=f"all of {self.seconds} s: its cross step mixes a fixed number of seconds")
 
     def scored(self, p, grouped: Grouped):   # (B,C)
-        "Scores of seconds, (B,T,C)"
-        return p[:, None]*time_factor(grouped, self.hard, self.segment_score).float().mT
+        "Scores of seconds, (B,T,C), at most 1"
+        return (p[:, None]*time_factor(grouped, self.hard, self.segment_score).float().mT).clamp(max=1)
 
     def forward(self, audio, frames, motion, *, mask=None, projected=None) -> Parsing:
         "Audio (B,T,128), frames (B,T|8T,2048), motion (B,T,512); no mask, see `check_length`"
