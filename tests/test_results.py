@@ -114,7 +114,7 @@ def test_committed_records_of_real_signals_are_whole_and_say_so():
         check_record(r)
         composed = r["data"]["identity"].get("dataset") == "signals"
         assert (r["data"]["simulated"], r["data"]["mark"].startswith("real signals")) == (not composed, composed)
-        assert (FIGURES / "videos" / "signals" / f"{r['key']}.npz").exists() or not composed or r["spec"]["method"] == "jomold_estimator", r["key"]
+        assert (FIGURES / "videos" / "signals" / f"{r['key']}.npz").exists(), r["key"]
 
 
 def test_committed_records_stay_small():

@@ -250,17 +250,20 @@ def real_signals(_):
         flat = [r for rs in main.values() for r in rs]
         yield f"signals_{scale}", compare(main, caption=f"Real signals: systems at scale {scale}, F-scores in %", notebook=notebook)
         yield f"signals_{scale}_gains", over(main, "HAN", caption=f"Real signals: gain over HAN at scale {scale}", notebook=notebook)
-        for base, on in (("JoMoLD", ["DGM+MSDU on JoMoLD"]), ("CMPAE", ["CoLeaF"])):
-            pair = {k: main[k] for k in (base, *on) if k in main}
-            if len(pair) > 1 and base in pair:
-                yield f"signals_{scale}_gains_{base.lower()}", over(pair, base, caption=f"Real signals: gain over {base}", notebook=notebook)
-        yield f"signals_{scale}_decided", table_of(decided(main), "Gains in the mean of ten scores over HAN", flat, notebook=notebook)
-        on = "DGM+MSDU on HAN"
-        gains = {k: gained(rs[on], rs["HAN"]) for k, rs in by.items() if {on, "HAN"} <= rs.keys()}
+        for base, rs in main.items():                                            # systems on another network than HAN's
+            method = rs[0]["spec"]["method"]
+            on = {k: x for k, x in main.items() if x[0]["spec"]["backbone"] == method}
+            if base != "HAN" and base in on and len(on) > 1:
+                yield f"signals_{scale}_gains_{method}", over(on, base, caption=f"Real signals: gain over {base}", notebook=notebook)
+        caption = f"Real signals: gain over HAN in the mean of ten scores, at scale {scale}"
+        yield f"signals_{scale}_decided", table_of(decided(main), caption, flat, notebook=notebook)
+        dgm = "DGM+MSDU on HAN"
+        gains = {k: gained(rs[dgm], rs["HAN"]) for k, rs in by.items() if {dgm, "HAN"} <= rs.keys()}
         if len(gains) > 1:
             cells = {k: {"gain of DGM+MSDU over HAN": str(g), "seeds": g.seeds} for k, g in gains.items()}
-            behind = [r for rs in by.values() for n in ("HAN", on) for r in rs.get(n, [])]
-            yield f"signals_{scale}_weak", table_of(DataFrame(cells).T, "DGM where one modality is weak", behind, notebook=notebook)
+            behind = [r for rs in by.values() for n in ("HAN", dgm) for r in rs.get(n, [])]
+            caption = f"Real signals: DGM where one modality is weak, at scale {scale}"
+            yield f"signals_{scale}_weak", table_of(DataFrame(cells).T, caption, behind, notebook=notebook)
 
 
 def tables(records):

@@ -138,7 +138,8 @@ def _signals_pack(features, out, annotations, **options):
                      "its features are computed once and kept in the cache")
 
 def _signals_simulate(folder, videos, annotations, seed: int):
-    if videos != "tiny": raise InputError("the toy bundle has one size", where="simulate", fix="leave it out")
+    if videos != "tiny": raise InputError("the toy bundle has one size", where="--profile or --videos",
+                                        fix="leave it out")
     return toy_bundle(folder, seed)
 
 # %% ../../nbs/data/20_tools.ipynb #53a28838

@@ -93,8 +93,8 @@ class HybridAttention(HybridMaps):
 
     def paired(self, own, other, cross_attention: bool = True) -> tuple:
         "Are maps multiplied out, and (q,k,v) of the self-attention and, if wanted, of the cross-attention"
-        merged = self.merges(own)
-        return merged, (merged_qkv if merged else HybridMaps.project)(self, own, other, cross_attention)
+        if self.merges(own): return True, merged_qkv(self, own, other, cross_attention)
+        return False, self.project(own, other, cross_attention)
 
     def output(self, qkv, out, merged: bool = False, mask=None):
         "What an attention with the output map `out` returns, (B,T,D)"
