@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avvp_nb.core import InputError, Parsing, read_json, shared
 from avvp_nb.data.clips import Batch, Clips
+from avvp_nb.data.simulate import simulate
 from avvp_nb.methods.cmpae import CMPAE, CMPAELoss, StepCB
 from avvp_nb.methods.coleaf import (
     ANCHOR_LOSSES,
@@ -58,8 +59,11 @@ from avvp_nb.methods.han import HAN, pooled_frames
 from avvp_nb.methods.jomold import DenoiseCB, JoMoLD, JoMoLDLoss
 from avvp_nb.methods.losses import GuidedLoss, bce
 from avvp_nb.methods.ma import MALoss
+from avvp_nb.methods.method import network_sizes
 from avvp_nb.methods.official import from_official, to_official
+from avvp_nb.methods.zoo import METHODS
 from avvp_nb.metrics import RULES
+from avvp_nb.records.spec import RunSpec
 from avvp_nb.train.callbacks import CheckpointCB, ValidateCB
 from avvp_nb.train.learner import Callback, Learner, NotFiniteError, predict
 
@@ -750,6 +754,22 @@ def test_protocols():
     assert RECIPE_BY_PROTOCOL["paper"]["epochs"] == PAPER.epochs == 15
     assert [OFFICIAL.weights(e)[0] for e in (0, 2, 3, 50)] == [(1., 1.2, 0.)] * 2 + [(.5, .001, .5)] * 2
     assert OFFICIAL.weights(3, selfmo=False) == ((.5, .001, 0.), (.5, 0., 0.)) and PAPER.weights(14) == ((1.,) * 3,) * 2
+
+
+@pytest.mark.parametrize("epochs, met", [(1, [0]), (2, [0, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (10, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])])
+def test_a_short_run_ends_in_the_last_stage(epochs, met):
+    "`met`: of which epochs of the whole protocol the epochs of the run are"
+    short = OFFICIAL.within(epochs)
+    assert [short.weights(e) for e in range(epochs)] == [OFFICIAL.weights(e) for e in met]
+    assert short.start == OFFICIAL.start and PAPER.within(epochs) == PAPER
+
+
+def test_the_smallest_scale_is_shorter_for_three_networks():
+    spec = RunSpec("coleaf", scale="tiny")
+    assert {k: spec.recipe()[k] for k in ("epochs", "step", "batch_size")} == {"epochs": 3, "step": 2, "batch_size": 64}
+    assert RunSpec("coleaf", scale="tiny", epochs=5).recipe()["epochs"] == 5 and RunSpec("coleaf", scale="small").recipe()["epochs"] == 8
+    _, loss, _ = METHODS["coleaf"].build(spec.plain(), network_sizes(simulate(4, seed=0)), None)
+    assert loss.protocol.weights(2) == OFFICIAL.weights(3)
 
 
 def test_weights_of_the_anchors_own_loss():

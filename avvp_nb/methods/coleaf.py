@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'PAPER', 'READINGS', 'PROTOCOLS', 'ANCHOR_LOSSES', 'OPTIONS', 'CMPAE_WEIGHTS',
-           'RECIPE', 'RECIPE_BY_PROTOCOL', 'RULE', 'UNUSED', 'REFERENCE_UNUSED', 'ENTRY',
-           'SelfMaps', 'SelfAttention', 'ReferenceParts', 'Reference', 'Protocol', 'check_options',
-           'hand_over', 'attended', 'AnchorTerms', 'CoLeaFLoss', 'own_random', 'build_references',
-           'reference_log', 'ReferencesCB', 'anchor_labels', 'CoLeaFCB', 'anchor_base',
-           'build_coleaf', 'coleaf_keys', 'reference_keys', 'build_around', 'check_coleaf',
-           'reference_sizes', 'reference_layout', 'COOCCURRENCE', 'NCE', 'REFERENCE_LOSSES',
-           'ReferenceOutput', 'above', 'asymmetric', 'cooccurrence', 'cooccurrence_gap',
-           'event_contrast', 'event_shares', 'mixed_teacher', 'nce_official', 'nce_paper',
-           'pseudo_labels', 'reference_loss']
+           'RECIPE', 'RECIPE_BY_PROTOCOL', 'RECIPE_BY_SCALE', 'RULE', 'UNUSED', 'REFERENCE_UNUSED',
+           'ENTRY', 'SelfMaps', 'SelfAttention', 'ReferenceParts', 'Reference', 'Protocol',
+           'check_options', 'hand_over', 'attended', 'AnchorTerms', 'CoLeaFLoss', 'own_random',
+           'build_references', 'reference_log', 'ReferencesCB', 'anchor_labels', 'CoLeaFCB',
+           'anchor_base', 'build_coleaf', 'coleaf_keys', 'reference_keys', 'build_around',
+           'check_coleaf', 'reference_sizes', 'reference_layout', 'COOCCURRENCE', 'NCE',
+           'REFERENCE_LOSSES', 'ReferenceOutput', 'above', 'asymmetric', 'cooccurrence',
+           'cooccurrence_gap', 'event_contrast', 'event_shares', 'mixed_teacher', 'nce_official',
+           'nce_paper', 'pseudo_labels', 'reference_loss']
 
 # %% ../../nbs/methods/12_coleaf.ipynb #52640745
 from contextlib import contextmanager
@@ -154,6 +154,12 @@ class Protocol:
         "Weights of the Reference losses in an epoch, three for each modality"
         stage = max(s for s in self.stages if s[0] <= epoch)
         return tuple(w if selfmo else (*w[:2], 0.) for w in stage[1:])
+
+    def within(self, epochs: int) -> "Protocol":
+        "The same for a run of so many epochs: the last stage begins with its last epoch at the latest"
+        last = max(epochs - 1, 1)
+        return replace(self, start=min(self.start, last),
+                       stages=tuple((min(first, last), *weights) for first, *weights in self.stages))
 
 # %% ../../nbs/methods/12_coleaf.ipynb #9a37dd5a
 OFFICIAL = Protocol(epochs=10, reference_loss="asl", labels="targets",
@@ -348,12 +354,15 @@ def build_coleaf(anchor,                    # any HAN-type network
                  sizes: dict,               # arguments that both networks share, as `network_sizes` and dim
                  options: dict = OPTIONS,   # what differs from `OPTIONS`
                  protocol: str = "official",
-                 seed: int = 1) -> tuple:
+                 seed: int = 1,
+                 epochs: Optional[int] = None,   # of the run; None: as many as all stages need
+                 ) -> tuple:
     "(model, loss, callbacks) that train `anchor` inside CoLeaF; the model is the Anchor itself"
     options = {**OPTIONS, **options}
     check_options(options)
-    loss = CoLeaFLoss(anchor_base(base_loss, protocol), READINGS[protocol], options["anchor_loss"],
-                      options["cocls"])
+    base = anchor_base(base_loss, protocol)
+    reading = READINGS[protocol] if epochs is None else READINGS[protocol].within(epochs)
+    loss = CoLeaFLoss(base, reading, options["anchor_loss"], options["cocls"])
     if not loss.learns: return anchor, loss, []              # nothing to teach: no References
     references = build_references(sizes, options["tokens"], seed)
     return anchor, loss, [CoLeaFCB(references, loss, options["selfmo"])]
@@ -361,6 +370,7 @@ def build_coleaf(anchor,                    # any HAN-type network
 # %% ../../nbs/methods/12_coleaf.ipynb #197e5217
 RECIPE = dict(lr=5e-4, batch_size=128, epochs=OFFICIAL.epochs, step=6, factor=0.25, select="avg10/only")
 RECIPE_BY_PROTOCOL = {"paper": dict(epochs=PAPER.epochs)}
+RECIPE_BY_SCALE = {"tiny": dict(epochs=3, step=2, batch_size=64)}
 RULE = "coleaf"   # of CMPAE as Anchor, see `metrics.RULES`; any other Anchor keeps its own
 
 # %% ../../nbs/methods/12_coleaf.ipynb #8979a038
@@ -392,7 +402,8 @@ def reference_keys(modality: str,      # one of `MODALITIES`
 def build_around(plain: dict, sizes: dict, product=None):
     "A backbone with its loss and callbacks, inside CoLeaF"
     model, loss, callbacks = build_backbone(plain, sizes, product)
-    model, loss, added = build_coleaf(model, loss, sizes, plain["options"], plain["protocol"], plain["seed"])
+    given = plain["options"], plain["protocol"], plain["seed"], plain["recipe"]["epochs"]
+    model, loss, added = build_coleaf(model, loss, sizes, *given)
     return model, loss, [*callbacks, *added]
 
 def check_coleaf(plain: dict):
@@ -410,7 +421,7 @@ def reference_layout(modality: str) -> Layout:
 
 ENTRY = register("coleaf", Method(
     OPTIONS, PROTOCOLS, build_around, check_coleaf, backbones=("cmpae", "han", "jomold", "ma"), recipe=RECIPE,
-    recipe_by_protocol=RECIPE_BY_PROTOCOL, rule_on={"cmpae": "coleaf"},
+    recipe_by_protocol=RECIPE_BY_PROTOCOL, recipe_by_scale=RECIPE_BY_SCALE, rule_on={"cmpae": "coleaf"},
     official={"coleaf": Layout(CMPAE, coleaf_keys, UNUSED, cmpae_sizes),
               **{f"coleaf_{m}": reference_layout(m) for m in MODALITIES}},
     rows={"coleaf": {}}, names={"coleaf": "CoLeaF"}, year=2024, builds_on=("cmpae",),

@@ -101,8 +101,8 @@ class PlainSpec(Origins):
         r = {**(m.recipe or self.base.recipe), **m.recipe_by_protocol.get(self.protocol, {})}
         for k in ("epochs", "step", "select"):
             if getattr(s, k) is not None: r[k] = getattr(s, k)
-        r |= m.recipe_by_scale.get(self.scale, {})
         r["batch_size"] = min(r["batch_size"], s.max_batch or r["batch_size"])
+        r |= m.recipe_by_scale.get(self.scale, {})
         needed = DATASETS[self.data.dataset].select
         if needed is not None: r["select"] = needed(self.data) or r["select"]
         return {**r, **{k: getattr(self, k) for k in ("epochs", "select") if getattr(self, k) is not None}}
