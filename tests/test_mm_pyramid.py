@@ -363,6 +363,22 @@ def test_a_run_with_refined_labels(small, tmp_path):
         assert [k for k in got if k.startswith("removed")] == [f"removed_{which}"]
 
 
+def test_a_first_run_that_lost_its_weights_is_repeated(small, tmp_path, capsys):
+    "A store that holds records only, as the committed ones, can be continued; nothing is repeated that isn't needed"
+    spec, store = RunSpec("ma", scale="micro", options={"refine": "both"}), Store(tmp_path)
+    first, = METHODS["ma"].first(spec)
+    before = run(first, store, device="cpu", progress="off")
+    store.weight_path(before["key"]).unlink()
+    record = run(spec, store, device="cpu", progress="bar")
+    assert f"{before['key']}: its weights are gone, so it is repeated" in capsys.readouterr().out
+    after = store.record(before["key"])
+    assert record["first"] == [before["key"]] and store.weight_path(before["key"]).exists()
+    assert after["metrics"] == before["metrics"] and after["finished"] >= before["finished"]
+    store.weight_path(before["key"]).unlink()
+    product_of(spec, store, "cpu", "off")                    # the product is there: its weights are not asked for
+    assert not store.weight_path(before["key"]).exists()
+
+
 def test_a_plain_run(small, tmp_path):
     a = run(RunSpec("mm_pyramid", scale="micro"), tmp_path, device="cpu", progress="off")
     b = run(RunSpec("mm_pyramid", scale="micro", protocol="official"), tmp_path, device="cpu", progress="off")

@@ -210,7 +210,7 @@ def test_statuses(tmp_path, shell):
     (["--threshold", "2"], "threshold: (2.0, 2.0) is not possible"), (["--formats", "json,pdf"], "formats: 'pdf' is not possible"),
     (["--seen-threshold", "-1"], "threshold: (0.3, -1.0) is not possible"),
     (["--stride", "0"], "expected a stride of 1 to 10 s"), (["--rule", "han"], "rule: has no effect without --model"),
-    (["--backend", "zeroshoot"], "did you mean 'zeroshot'?"), (["--model", "none.st"], "none.st: is not a weights file"),
+    (["--backend", "zeroshoot"], "did you mean 'zeroshot'?"), (["--model", "none.st"], "none.st: there is no such file"),
     (["--threshold", "nan"], "threshold: (nan, nan) is not possible")))
 def test_wrong_arguments_before_any_work(tmp_path, shell, words, said):
     status, _, err = shell(video(tmp_path/"a.mp4"), "--out", tmp_path/"o", *words)

@@ -120,6 +120,7 @@ def _read_checked(path) -> tuple:
     try:
         tensors, metadata = _read_weights(path)
         header = parse_json(metadata["avvp_nb"], path)
+    except FileNotFoundError as e: raise InputError("there is no such file", where=path) from e
     except Exception as e:               # the library's own errors have no common base but this
         raise InputError(f"is not a weights file of this library ({type(e).__name__})", where=path) from e
     fault, own = header_fault(header), None

@@ -92,6 +92,10 @@ def product_of(spec: RunSpec, store: Store, device: str = "auto", progress: str 
     path = store.product_path(product_name(spec.backbone, keys, m.product_key(plain)))
     with turn(store, path.stem, progress != "off"):
         if fresh or not path.exists():
+            for f, k in zip(m.first(spec), keys):
+                if store.weight_path(k).exists(): continue
+                if progress != "off": print(f"    {k}: its weights are gone, so it is repeated", flush=True)
+                run(f, store, device, progress, fresh=True)
             models = [load_weights(store.weight_path(k))[0].to(pick_device(device)) for k in keys]
             data = load_data(spec.data, spec.scale, store.root/"cache", m.frames)
             m.product(plain, models, data["train"]).save(path)
