@@ -188,7 +188,7 @@ WRAP = 20   # characters of a cell that stay on one line however narrow the page
 
 def _td(text: str, side: str = "right") -> str:
     "A cell of the body; what is longer than `WRAP` wraps where the page is narrow"
-    space = "nowrap" if len(text) <= WRAP else f"normal;min-width:{10 if len(text) <= 3*WRAP else 16}em"
+    space = "nowrap" if len(text) <= WRAP else f"normal;min-width:{10 if len(text) <= 3*WRAP else 13}em"
     shown = re.sub(" ± (.*)", '<small style="opacity:.7"> ±\u2009\\1</small>', html.escape(text))
     shown = re.sub(r"^([+−.\d]+) (\[.*\])$", '\\1<br><small style="opacity:.7">\\2</small>', shown)
     return f'<td style="text-align:{side};padding:1px 5px;white-space:{space}">{shown}</td>'
