@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['signal_specs', 'oracle_as_rows', 'half_width', 'seeds_for', 'decided', 'recordings_interval',
            'timeline_gains', 'holds', 'holding', 'gains_told', 'over_bases', 'bases_told',
-           'removals_told', 'weak_told']
+           'removals_told', 'weak_told', 'uncrossed', 'crossed_told']
 
 # %% ../../nbs/results/29_signals.ipynb #5fd21d40
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Optional
 
 import numpy as np
 import pandas as pd
@@ -159,3 +160,14 @@ def removals_told(removed: pd.DataFrame) -> str:    # modality: precision, preci
 def weak_told(gains: Mapping, name: str = "DGM+MSDU on HAN") -> str:    # level: `Gained`
     "What a system gains where a modality is weak, in a sentence"
     return f"{name} over HAN, by what is weak: {_told(gains)}."
+
+def uncrossed(records, store):    # JoMoLD's; -> `Gained`, or None where a first stage is not in the store
+    "What JoMoLD's first stage, which never attends across modalities, has more than JoMoLD"
+    first = [store.record(k) for r in records for k in r["first"]]
+    return gained(first, records) if first and all(first) else None
+
+def crossed_told(real: Gained, simulated: Optional[Gained] = None) -> str:
+    "What `uncrossed` found on real signals and on the simulator, in a sentence"
+    there = f"; {simulated} on the simulator, so it {holds(simulated, real)}" if simulated else ""
+    return ("JoMoLD's first stage, without attention across modalities, over JoMoLD: "
+            f"{real} on real signals{there}.")
