@@ -161,8 +161,10 @@ def weak_told(gains: Mapping, name: str = "DGM+MSDU on HAN") -> str:    # level:
     "What a system gains where a modality is weak, in a sentence"
     return f"{name} over HAN, by what is weak: {_told(gains)}."
 
-def uncrossed(records, store):    # JoMoLD's; -> `Gained`, or None where a first stage is not in the store
+# %% ../../nbs/results/29_signals.ipynb #67bc444d
+def uncrossed(found: Mapping, store):    # label: records; -> `Gained`, or None without JoMoLD and its stage
     "What JoMoLD's first stage, which never attends across modalities, has more than JoMoLD"
+    records = found.get("JoMoLD", [])
     first = [store.record(k) for r in records for k in r["first"]]
     return gained(first, records) if first and all(first) else None
 
