@@ -497,7 +497,9 @@ def test_the_benchmark_measures_both_ways_in_turns():
     found = training.goals({"batch 128": {"ours, % of the ceiling": 71., "ratio": 2.5}, "batch 16": {"ratio": 2.}})
     assert [v["reached"] for v in found.values()] == [71., 2., 2.5] and all(v["wanted"] for v in found.values())
     x = torch.ones(4, 8)
-    assert training.counted(lambda: x @ x.T)["GFLOP"] == 2 * 4 * 8 * 4 / 1e9
+    product, total = training.counted(lambda: x @ x.T), training.counted(lambda: x + 1)
+    assert product["GFLOP"] == 2 * 4 * 8 * 4 / 1e9 and product["other GB"] == 0
+    assert total == {"GFLOP": 0, "GB": 256 / 1e9, "other GB": 256 / 1e9}     # 32 numbers read, 32 written
 
 
 def test_the_two_loops_of_the_benchmark_are_the_same_network():

@@ -373,7 +373,7 @@ def test_a_first_run_that_lost_its_weights_is_repeated(small, tmp_path, capsys):
     assert f"{before['key']}: its weights are gone, so it is repeated" in capsys.readouterr().out
     after = store.record(before["key"])
     assert record["first"] == [before["key"]] and store.weight_path(before["key"]).exists()
-    assert after["metrics"] == before["metrics"] and after["finished"] >= before["finished"]
+    assert after["metrics"] == before["metrics"]             # the same numbers again
     store.weight_path(before["key"]).unlink()
     product_of(spec, store, "cpu", "off")                    # the product is there: its weights are not asked for
     assert not store.weight_path(before["key"]).exists()

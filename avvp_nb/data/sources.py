@@ -271,7 +271,7 @@ class Scale:
     epochs: Optional[int] = None      # None: the recipe's
     step: Optional[int] = None        # epochs before the rate drops; None: the recipe's
     select: Optional[str] = None      # which state is kept; None: the recipe's choice
-    max_batch: Optional[int] = None   # upper limit of the batch size; None: the recipe's
+    max_batch: Optional[int] = None   # limit of a recipe's batch size, unless it is of this scale
 
 SCALES = {"tiny": Scale(600, 100, 300, 4, 3, "last", 32), "small": Scale(4000, 649, 1200, 8, 6, "last", 64),
           "calibration": Scale(10_000, 649, 1200, 4, 3), "full": Scale(10_000, 649, 1200)}

@@ -158,8 +158,7 @@ class Protocol:
     def within(self, epochs: int) -> "Protocol":
         "The same for a run of so many epochs: the last stage begins with its last epoch at the latest"
         last = max(epochs - 1, 1)
-        return replace(self, start=min(self.start, last),
-                       stages=tuple((min(first, last), *weights) for first, *weights in self.stages))
+        return replace(self, stages=tuple((min(first, last), *weights) for first, *weights in self.stages))
 
 # %% ../../nbs/methods/12_coleaf.ipynb #9a37dd5a
 OFFICIAL = Protocol(epochs=10, reference_loss="asl", labels="targets",
@@ -355,14 +354,14 @@ def build_coleaf(anchor,                    # any HAN-type network
                  options: dict = OPTIONS,   # what differs from `OPTIONS`
                  protocol: str = "official",
                  seed: int = 1,
-                 epochs: Optional[int] = None,   # of the run; None: as many as all stages need
+                 epochs: Optional[int] = None,   # of the run; None: the protocol's
                  ) -> tuple:
     "(model, loss, callbacks) that train `anchor` inside CoLeaF; the model is the Anchor itself"
     options = {**OPTIONS, **options}
     check_options(options)
-    base = anchor_base(base_loss, protocol)
-    reading = READINGS[protocol] if epochs is None else READINGS[protocol].within(epochs)
-    loss = CoLeaFLoss(base, reading, options["anchor_loss"], options["cocls"])
+    base, reading = anchor_base(base_loss, protocol), READINGS[protocol]
+    loss = CoLeaFLoss(base, reading.within(epochs or reading.epochs), options["anchor_loss"],
+                      options["cocls"])
     if not loss.learns: return anchor, loss, []              # nothing to teach: no References
     references = build_references(sizes, options["tokens"], seed)
     return anchor, loss, [CoLeaFCB(references, loss, options["selfmo"])]

@@ -162,7 +162,7 @@ def weak_told(gains: Mapping, name: str = "DGM+MSDU on HAN") -> str:    # level:
     return f"{name} over HAN, by what is weak: {_told(gains)}."
 
 # %% ../../nbs/results/29_signals.ipynb #67bc444d
-def uncrossed(found: Mapping, store):    # label: records; -> `Gained`, or None without JoMoLD and its stage
+def uncrossed(found: Mapping, store):    # label: records; -> `Gained`, or None where a run is missing
     "What JoMoLD's first stage, which never attends across modalities, has more than JoMoLD"
     records = found.get("JoMoLD", [])
     first = [store.record(k) for r in records for k in r["first"]]
