@@ -9,6 +9,9 @@ from tree import ROOT
 
 from avvp_nb.core import InputError
 from avvp_nb.data.clips import random_clips
+from avvp_nb.data.sources import identify
+from avvp_nb.records.spec import run_key
+from avvp_nb.records.store import as_store, product_name
 from avvp_nb.runs import measure
 from avvp_nb.runs.measure import RunSpec
 from avvp_nb.train import threads as T
@@ -185,3 +188,17 @@ def test_what_comes_first_is_counted_once_and_what_is_recorded_not_at_all(tmp_pa
     assert measure.announce(specs, tmp_path, "cpu") == "All runs are recorded: nothing to train."
 
 
+def test_a_first_run_without_weights_is_announced_where_its_product_is_not_there_either(tmp_path):
+    ma, base = RunSpec("ma", scale="tiny"), RunSpec("ma", {"refine": "none"}, scale="tiny")
+    store = as_store(tmp_path)
+    key = run_key(base, identify(base.data, store.root / "cache")[0])
+    for path in (store.record_path(key), store.weight_path(key)): path.parent.mkdir(exist_ok=True)
+    store.record_path(key).write_text("{}")
+    assert measure.missing([base], store) == []
+    assert set(measure.missing([ma], store)) == {base, ma}
+    store.weight_path(key).write_bytes(b"")
+    assert measure.missing([ma], store) == [ma]
+    store.weight_path(key).unlink()
+    made = store.product_path(product_name("ma", [key], ma.base.product_key(ma.base_plain)))
+    made.parent.mkdir(exist_ok=True); made.write_bytes(b"")
+    assert measure.missing([ma], store) == [ma]

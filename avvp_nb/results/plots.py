@@ -221,6 +221,7 @@ def plot_modulation(records):  # one modulated run, or its seeds
             for name, color in lines.items(): _band(ax, value[name], color=color)
             ax.set_title(title); _epochs(ax, value["omega"].shape[1])
         axes[0].axhline(1, color=PALETTE["grey"], lw=1, ls=":")
+        axes[0].margins(y=.2)                                     # room for the word above the line
         axes[0].annotate("balance", (1, 1), (-2, 2), xycoords=("axes fraction", "data"),
                          textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color="#666666")
         axes[2].set_ylim(-0.03, 1.03)

@@ -131,6 +131,8 @@ def plot_cost(table: pd.DataFrame,   # from `with_runs`
         ax.scatter(x, y, s=10*part["parameters"].astype(float) + 8, alpha=.6, color=PALETTE["av"], lw=0)
         heights = spread(x, y, (y.max() - y.min() or 1.)/28)
         for n, u, h in zip(part["system"], x, heights): ax.text(u*1.06, h, n, fontsize=7, va="center")
+        room = (max(heights) - y.min() or 1.)/20
+        ax.set_ylim(y.min() - room, max(heights) + room)                     # the highest name lies inside
         ax.set(xscale="log", xlabel="million operations for one video (area: parameters)",
                ylabel=f"segment Type@AV in %, {column}")
         mark = "\n".join(dict.fromkeys(mark.split("; ")))
@@ -178,6 +180,6 @@ def plot_family(names=None):
         ax.set(xlim=(years[0] - .6, years[-1] + .6), ylim=(-3.3, 3.3), yticks=[],
                xticks=range(years[0], years[-1] + 1))
         for k, colour in _COLOURS.items(): ax.plot([], [], color=colour, lw=1.5, label=k)
-        ax.legend(loc="upper left", frameon=False, fontsize=8)
+        fig.legend(loc="outside lower center", ncols=len(_COLOURS), frameon=False, fontsize=8)
         return finish(fig, "", f"{len(names)} systems from {years[0]} to {years[-1]}, "
                                f"{len(descent(names))} arrows.")

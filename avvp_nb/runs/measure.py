@@ -35,7 +35,7 @@ from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
 from ..records.provenance import commit, hardware, versions
 from ..records.spec import LABELS, RunSpec, run_key
-from ..records.store import as_store
+from ..records.store import as_store, product_name
 from ..results.speed import shapes
 from ..train.lanes import Lane
 from ..train.learner import PRECISIONS, Learner, check_precision, pick_device, predict_both, products
@@ -328,12 +328,20 @@ def kind_seconds(spec: RunSpec, device="cpu", steps: int = 3, now=time.perf_coun
 
 # %% ../../nbs/runs/06_measure.ipynb #22c54112
 def missing(specs, store) -> list:
-    "Specs, and what must come before them, that are not recorded in the store; each once"
+    "Specs that are not recorded in the store, and what must be trained before them; each once"
     store, found = as_store(store), {}
+    def key(s): return run_key(s, identify(s.data, store.root/"cache", s.base.frames)[0])
+    def unmade(s, keys):
+        if s.base.product is None: return False
+        name = product_name(s.backbone, keys, s.base.product_key(s.base_plain))
+        return not store.product_path(name).exists()
     for spec in specs:
-        for s in (*spec.base.first(spec), spec):
-            found.setdefault(run_key(s, identify(s.data, store.root/"cache", s.base.frames)[0]), s)
-    return [s for key, s in found.items() if not store.record_path(key).exists()]
+        keys = {key(f): f for f in spec.base.first(spec)}
+        if todo := not store.record_path(key(spec)).exists(): found.setdefault(key(spec), spec)
+        again = todo and unmade(spec, keys)       # then a first run whose weights are gone is repeated
+        found |= {k: f for k, f in keys.items() if not store.record_path(k).exists()
+                  or again and not store.weight_path(k).exists()}
+    return list(found.values())
 
 def run_seconds(spec: RunSpec, step: float, parsing: float) -> float:
     "Seconds of a run, from those of a step and of parsing a video"
