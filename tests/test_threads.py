@@ -9,7 +9,7 @@ from tree import ROOT
 
 from avvp_nb.core import InputError
 from avvp_nb.data.clips import random_clips
-from avvp_nb.data.sources import identify
+from avvp_nb.data.sources import DataSpec, identify
 from avvp_nb.records.spec import run_key
 from avvp_nb.records.store import as_store, product_name
 from avvp_nb.runs import measure
@@ -202,3 +202,14 @@ def test_a_first_run_without_weights_is_announced_where_its_product_is_not_there
     made = store.product_path(product_name("ma", [key], ma.base.product_key(ma.base_plain)))
     made.parent.mkdir(exist_ok=True); made.write_bytes(b"")
     assert measure.missing([ma], store) == [ma]
+
+
+def test_steps_are_timed_in_the_shapes_of_the_data_set(tmp_path):
+    def clips(name, data): return measure.example_clips(RunSpec(name, data=data, scale="tiny"), 3, tmp_path)
+    unav = DataSpec(dataset="unav100")
+    assert clips("han", DataSpec()).audio.shape == (3, 10, 128)
+    for name in ("han", "cmpae"):                    # videos of up to a minute, padded to the longest one
+        c = clips(name, unav)
+        assert c.weak.shape == (3, 100) and 10 < c.audio.shape[1] <= 60
+    step, parsing = measure.kind_seconds(RunSpec("ma", data=unav, scale="tiny"), steps=1, cache=tmp_path)
+    assert step > 0 and parsing > 0

@@ -302,11 +302,11 @@ def measured_kind(spec: RunSpec) -> str:
                          spec.data.dataset, p["recipe"]["batch_size"]])
 
 def example_clips(spec: RunSpec, n: int, cache=None):
-    "Clips to time steps on: random numbers, or the first ones of a data set that asks something else"
-    if spec.task == "parsing": return random_clips(n, frames=spec.base.frames)
-    _, *found = identify(spec.data, cache)
-    clips = DATASETS[spec.data.dataset].clips(spec.data, "train", n, *found, cache)
-    return spec.base.prepare(spec.base_plain, None, clips)[:n]
+    "Clips to time steps on: random numbers in LLP's shapes, or the first ones of another data set"
+    if spec.data.dataset == "llp": return random_clips(n, frames=spec.base.frames)
+    _, *found = identify(spec.data, cache, spec.base.frames)
+    clips = DATASETS[spec.data.dataset].clips(spec.data, "train", n, *found, cache, spec.base.frames)
+    return clips if spec.task == "parsing" else spec.base.prepare(spec.base_plain, None, clips)[:n]
 
 def kind_seconds(spec: RunSpec, device="cpu", steps: int = 3, now=time.perf_counter, **kwargs) -> tuple:
     "Seconds of one training step of a spec (median of a few), and of parsing one video"
