@@ -180,7 +180,8 @@ def time_factor(a,                         # `Grouped` or `Assignment`
                 ):
     "What the video probability of a class is multiplied with in each second, (B,C,T)"
     if check_choice(score, SEGMENT_SCORES, "segment_score") == "maxnorm":
-        return a.soft/a.soft.amax(-1, keepdim=True)
+        best = a.soft.amax(-1, keepdim=True)                     # 0 where a share is too small for float32
+        return a.soft.where(best > 0, 1.)/best.where(best > 0, 1.)
     return a.used if hard else 1 + a.soft.softmax(-1)
 
 # %% ../../nbs/methods/19_mgn.ipynb #f49f01fc
