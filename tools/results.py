@@ -393,7 +393,7 @@ def at_full(records):
     runs = {name: (of(full, ours), of(full, base), key) for name, ours, base, _, key in GAINS}
     gains = {name: gained(ours, base, key) for name, (ours, base, key) in runs.items() if ours and base}
     if not gains: return ""
-    n, told = min(g.seeds for g in gains.values()), "; ".join(f"{k} {g}" for k, g in gains.items()).replace("-", "−")
+    n, told = min(g.seeds for g in gains.values()), "; ".join(f"{k} {g}" for k, g in gains.items())
     few = "one seed, which decides nothing" if n == 1 else f"{n} seeds"
     return f"With the papers' own protocols (scale full: 10,000 videos, all epochs; {few}), in the same scores: {told}."
 

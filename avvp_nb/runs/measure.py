@@ -35,8 +35,9 @@ from ..methods.method import network_sizes
 from ..methods.zoo import METHODS
 from ..records.provenance import commit, hardware, versions
 from ..records.spec import LABELS, RunSpec, run_key
-from ..records.store import as_store, product_name
+from ..records.store import as_store
 from ..results.speed import shapes
+from .single import product_place
 from ..train.lanes import Lane
 from ..train.learner import PRECISIONS, Learner, check_precision, pick_device, predict_both, products
 from ..train.stack import StackedLearner
@@ -328,19 +329,16 @@ def kind_seconds(spec: RunSpec, device="cpu", steps: int = 3, now=time.perf_coun
 
 # %% ../../nbs/runs/06_measure.ipynb #22c54112
 def missing(specs, store) -> list:
-    "Specs that are not recorded in the store, and what must be trained before them; each once"
+    "Specs that are not recorded in the store, each once and after what must be trained before it"
     store, found = as_store(store), {}
     def key(s): return run_key(s, identify(s.data, store.root/"cache", s.base.frames)[0])
-    def unmade(s, keys):
-        if s.base.product is None: return False
-        name = product_name(s.backbone, keys, s.base.product_key(s.base_plain))
-        return not store.product_path(name).exists()
     for spec in specs:
-        keys = {key(f): f for f in spec.base.first(spec)}
-        if todo := not store.record_path(key(spec)).exists(): found.setdefault(key(spec), spec)
-        again = todo and unmade(spec, keys)       # then a first run whose weights are gone is repeated
-        found |= {k: f for k, f in keys.items() if not store.record_path(k).exists()
-                  or again and not store.weight_path(k).exists()}
+        own, first = key(spec), {key(f): f for f in spec.base.first(spec)}
+        todo = not store.record_path(own).exists()
+        again = todo and spec.base.product and not product_place(spec, store, first).exists()
+        for k, f in first.items():                # one whose weights are gone is repeated for its product
+            if not store.record_path(k).exists() or again and not store.weight_path(k).exists(): found[k] = f
+        if todo: found[own] = spec
     return list(found.values())
 
 def run_seconds(spec: RunSpec, step: float, parsing: float) -> float:
@@ -367,7 +365,8 @@ def announce(specs, store, device="auto",
     "How long the runs that are missing in the store will take here, in one line"
     todo, here = missing(specs, store), pick_device(str(device))
     if not todo: return "All runs are recorded: nothing to train."
-    name = f"this {here.type.upper()}, {torch.get_num_threads()} threads, as busy as it is now"
+    n = torch.get_num_threads()
+    name = f"this {here.type.upper()}, {n} thread{'s'*(n > 1)}, as busy as it is now"
     estimate = estimate or partial(estimate_seconds, cache=as_store(store).root/"cache")
     took = in_time(estimate(todo, here))
     return f"Training {len(todo)} run{'s'*(len(todo) > 1)} will take about {took} (measured on {name})."
