@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CLASSES', 'MODALITIES', 'PALETTE', 'CONTROL', 'MOST_DEPTH', 'MOST_JSON', 'HOW', 'printable',
            'cut', 'brief', 'InputError', 'did_you_mean', 'check_choice', 'check_same_classes',
-           'atomic_write', 'to_plain', 'write_json', 'nested', 'parse_json', 'file_bytes',
-           'read_json', 'content_hash', 'file_hash', 'Parsing', 'Located', 'check_number',
-           'check_type', 'check_unique', 'check_some', 'check_seeds', 'check_device', 'check_text',
-           'text_as', 'as_meant', 'check_parameter', 'ParameterCheck', 'output_folder', 'Output',
-           'asset', 'shared']
+           'atomic_write', 'to_plain', 'json_text', 'write_json', 'nested', 'parse_json',
+           'file_bytes', 'read_json', 'content_hash', 'file_hash', 'Parsing', 'Located',
+           'check_number', 'check_type', 'check_unique', 'check_some', 'check_seeds',
+           'check_device', 'check_text', 'text_as', 'as_meant', 'check_parameter',
+           'ParameterCheck', 'output_folder', 'Output', 'asset', 'shared']
 
 # %% ../nbs/00_core.ipynb #9fa76ae8
 import difflib
@@ -130,9 +130,20 @@ def to_plain(x):
     if hasattr(x, "tolist"): return x.tolist()
     return str(x) if isinstance(x, Path) else x
 
+def json_text(x, level: int = 0) -> str:
+    "Sorted, indented JSON of plain `x`; what holds nothing that is nested stands on one line"
+    def short(v): return json.dumps(v, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    inside = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+    if not any(isinstance(v, (dict, list)) for v in inside): return short(x)
+    start, end = "{}" if isinstance(x, dict) else "[]"
+    if isinstance(x, dict): rows = [f"{short(k)}: {json_text(v, level + 1)}" for k, v in sorted(x.items())]
+    else: rows = [json_text(v, level + 1) for v in x]
+    pad = "\n" + " "*level
+    return start + ",".join(f"{pad} {r}" for r in rows) + pad + end
+
 def write_json(obj, path):
-    "Write `obj` to `path` as sorted, indented JSON, atomically"
-    text = json.dumps(to_plain(obj), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    "Write `obj` to `path` as sorted, indented JSON (see `json_text`), atomically"
+    text = json_text(to_plain(obj))
     with atomic_write(path) as f: f.write(text + "\n")
 
 # %% ../nbs/00_core.ipynb #99f5fdcc
