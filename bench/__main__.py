@@ -20,7 +20,7 @@ from avvp_nb.core import atomic_write, write_json
 from avvp_nb.records.provenance import commit
 from avvp_nb.runs.measure import slug
 
-BENCHMARKS = ("training", "engines", "scoring", "threads", "dropout")
+BENCHMARKS = ("training", "engines", "scoring", "threads", "dropout", "affine")
 MEMORY = "/proc/meminfo"
 
 

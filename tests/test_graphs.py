@@ -133,7 +133,7 @@ def test_features_elsewhere_and_videos_of_many_lengths_are_named(capsys):
 
 def test_an_engine_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(learner, "tape_for", graphs.tape_for)
-    with pytest.raises(InputError, match="engine: 'graphs' needs a GPU. expected 'eager' or 'compile' or 'quick-dropout' on cpu"): fitted("graphs")
+    with pytest.raises(InputError, match="engine: 'graphs' needs a GPU. expected 'eager' or 'compile' or 'quick-dropout' or 'onednn' on cpu"): fitted("graphs")
     with pytest.raises(InputError, match="engine: 'grafs' is not possible"): fitted("grafs")
 
 

@@ -30,7 +30,7 @@ from .single import (finish, learner_of, make_record, product_of, recorded, run,
                                  tell_missing, turn)
 from ..train.callbacks import CheckpointCB
 from ..train.lanes import Lane, architecture, why_not
-from ..train.learner import check_precision, pick_device, resident, using
+from ..train.learner import ALONE, check_precision, pick_device, resident, using
 from ..train.stack import SMALL, StackedLearner, out_of_memory, weight_bytes
 
 # %% ../../nbs/runs/01_stacked.ipynb #26bca1de
@@ -301,14 +301,14 @@ def run_many(specs,                         # what to run
              store="runs",                  # a `Store`, or its folder
              device: str = "auto", progress: str = "auto",
              stack: Optional[int] = None,   # most runs of a stack; None: see `stack_size`, 1 on a CPU
-             engine: Optional[str] = None,  # as for `run`; with 'compile' every run is trained alone
+             engine: Optional[str] = None,  # as for `run`; with those of `ALONE` every run is trained alone
              fresh: bool = False,           # repeat recorded runs and replace their records
              ) -> list:                     # records, in the order of the specs
     "Records of several runs; says what is done, what is being trained, and about how long it will take"
     check_size(stack, "stack")
     if engine:
         with using(engine, device):
-            return run_many(specs, store, device, progress, 1 if engine == "compile" else stack, fresh=fresh)
+            return run_many(specs, store, device, progress, 1 if engine in ALONE else stack, fresh=fresh)
     if stack != 1 and (stack or pick_device(device).type != "cpu"):
         return run_stacked(specs, store, device, progress, stack, fresh=fresh)
     out, start, trained = [], time.monotonic(), 0

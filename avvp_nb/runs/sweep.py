@@ -38,7 +38,7 @@ from .remote import Remote, pull, push
 from .reproduce import duration
 from .single import run
 from .stacked import StackFailure, plan_stacks, run_stacked
-from ..train.learner import ENGINES, check_engine, check_precision, pick_device
+from ..train.learner import ALONE, ENGINES, check_engine, check_precision, pick_device
 
 # %% ../../nbs/runs/05_sweep.ipynb #02eb0b29
 _all_ = ["TABLE_KEYS", "check_keys", "combinations", "expand", "expand_tables", "names", "read_data",
@@ -370,7 +370,7 @@ def sweep(specs,                     # see `read_grid`; what must come first is 
     say(job, f"{len(keys)} runs, {len(done)} of them recorded")
     for wait in (False, True):
         todo, n = [s for s, k in keys.items() if k not in done], len(done)
-        tasks = plan_tasks(todo, 1 if engine == "compile" else stack)
+        tasks = plan_tasks(todo, 1 if engine in ALONE else stack)
         for i, answer in do(tasks, job, wait, **settings) if tasks else ():
             for s, o in zip(tasks[i].specs, answer):
                 if o.state != "busy" or wait:

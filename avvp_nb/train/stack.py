@@ -27,8 +27,8 @@ from ..metrics import evaluate_lanes, flat
 from ..surroundings import at_home
 from .lanes import (Adams, Memory, Passes, Together, _Method, architecture, meaning, packed,
                                  rate_key, unpacked, why_not)
-from .learner import (Loop, batches, check_loss, check_model, check_terms, deterministic_mode,
-                                   epoch_seed, joint, overrides, resident)
+from .learner import (ALONE, Loop, batches, check_loss, check_model, check_terms,
+                                   deterministic_mode, epoch_seed, joint, overrides, resident)
 
 # %% ../../nbs/train/05_stack.ipynb #0a0d0b5d
 def joined(labels: list) -> dict:
@@ -129,8 +129,8 @@ def check_lanes(lanes):
         if any(f(lane) != f(lanes[0]) for lane in lanes[1:]):
             raise InputError("the lanes differ", where=what, expected="the same in the whole stack",
                              fix="group them with `plan_stacks`")
-    if lanes[0].engine == "compile":
-        raise InputError("'compile' knows single runs only", where="engine",
+    if lanes[0].engine in ALONE:
+        raise InputError(f"{lanes[0].engine!r} knows single runs only", where="engine",
                          expected="'eager' or 'graphs' in a stack",
                          fix="or train one after another with stack=1")
     reason = why_not(lanes[0].model)
