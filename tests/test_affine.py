@@ -10,7 +10,7 @@ from avvp_nb import runs
 from avvp_nb.core import InputError
 from avvp_nb.methods.losses import GuidedLoss
 from avvp_nb.records.spec import RunSpec
-from avvp_nb.train import learner
+from avvp_nb.train import affine, learner
 from avvp_nb.train.affine import Affine, ByOneDNN, affine_of, has_onednn, suits
 from avvp_nb.train.lanes import Lane
 from avvp_nb.train.learner import Learner, check_engine
@@ -130,7 +130,7 @@ def test_several_runs_are_trained_alone(tmp_path, monkeypatch):
 
 
 def test_it_is_refused_where_it_is_not(monkeypatch):
-    monkeypatch.setattr(learner, "has_onednn", lambda: False)
+    monkeypatch.setattr(affine, "has_onednn", lambda: False)
     with pytest.raises(InputError, match="engine: 'onednn' needs a PyTorch with oneDNN. expected 'eager' or .* on cpu"): check_engine("onednn", "cpu")
     monkeypatch.setattr(learner, "pick_device", torch.device)
     with pytest.raises(InputError, match="engine: 'onednn' is for the CPU"): check_engine("onednn", "meta")

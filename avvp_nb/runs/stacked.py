@@ -30,8 +30,8 @@ from .single import (finish, learner_of, make_record, product_of, recorded, run,
                                  tell_missing, turn)
 from ..train.callbacks import CheckpointCB
 from ..train.lanes import Lane, architecture, why_not
-from ..train.learner import ALONE, check_precision, pick_device, resident, using
-from ..train.stack import SMALL, StackedLearner, out_of_memory, weight_bytes
+from ..train.learner import check_precision, pick_device, resident, using
+from ..train.stack import ALONE, SMALL, StackedLearner, out_of_memory, weight_bytes
 
 # %% ../../nbs/runs/01_stacked.ipynb #26bca1de
 NOMINAL = dict(classes=25, audio_dim=128, frame_dim=2048, motion_dim=512)   # of the network looked at

@@ -38,7 +38,8 @@ from .remote import Remote, pull, push
 from .reproduce import duration
 from .single import run
 from .stacked import StackFailure, plan_stacks, run_stacked
-from ..train.learner import ALONE, ENGINES, check_engine, check_precision, pick_device
+from ..train.learner import ENGINES, check_engine, check_precision, pick_device
+from ..train.stack import ALONE
 
 # %% ../../nbs/runs/05_sweep.ipynb #02eb0b29
 _all_ = ["TABLE_KEYS", "check_keys", "combinations", "expand", "expand_tables", "names", "read_data",
