@@ -190,23 +190,31 @@ def one_paper(records):
     if of(tiny, "han"): yield "han_rules", rules_table(of(tiny, "han"), "HAN under every rule, tiny")
 
 
-def systems(records):
-    "Every system that was run on LLP: (stem, table); and what its picture of cost needs"
-    tiny = at(records, "tiny")
+def systems(records, scale):
+    "The runs of every system that was run on LLP at a scale: {name: records}"
+    here = at(records, scale)
     def runs(n):
-        wanted = experiment(system_spec(n, scale="tiny").plain())
-        return sorted((r for r in tiny if experiment(r["spec"]) == wanted), key=lambda r: r["seed"])
+        wanted = experiment(system_spec(n, scale=scale).plain())
+        return sorted((r for r in here if experiment(r["spec"]) == wanted), key=lambda r: r["seed"])
     return {n: rs for n in system_names() if (rs := runs(n))}
+
+
+def zoo_scales(records):
+    "Scales at which there are runs of several systems: (scale, end of a stem, how many seeds in words, {name: records}, all records)"
+    for scale, end in (("tiny", ""), ("small", "_small")):
+        found = systems(records, scale)
+        few, many = (f(len(rs) for rs in found.values()) if found else 0 for f in (min, max))
+        if len(found) > 2: yield scale, end, f"{few} seed" if many == 1 else f"{few} to {many} seeds", found, [r for rs in found.values() for r in rs]
 
 
 def zoo(records):
     "All systems in one table: (stem, table)"
-    found = systems(records)
-    if len(found) < 3: return
-    columns = ["system", "year", "idea", "builds on", "parameters", "operations", "seconds", "ours", "printed", "printed in"]
-    table, flat = with_runs(cards(list(found), "tiny"), found), [r for rs in found.values() for r in rs]
-    yield "zoo_systems", table_of(table[columns].set_index("system"), "All systems at scale tiny, 1 seed", flat, notebook="nbs/zoo.ipynb")
-    yield "zoo_scores", compare({method_name(n): rs for n, rs in found.items()}, caption="All systems at scale tiny, F-scores in %")
+    for scale, end, seeds, found, flat in zoo_scales(records):
+        columns = ["system", "year", "idea", "builds on", "parameters", "operations", "seconds", "ours", "printed", "printed in"]
+        if seeds != "1 seed": columns.insert(4, "seeds")
+        table = with_runs(cards(list(found), scale), found).astype({"seeds": int})[columns].set_index("system")
+        yield f"zoo_systems{end}", table_of(table, f"All systems at scale {scale}, {seeds}", flat, notebook="nbs/zoo.ipynb")
+        yield f"zoo_scores{end}", compare({method_name(n): rs for n, rs in found.items()}, caption=f"All systems at scale {scale}, F-scores in %")
 
 
 def to_judge(records):
@@ -293,9 +301,8 @@ def from_runs(records):
         source = provenance([*pair[0], *pair[1]], notebook="nbs/coleaf.ipynb")
         yield "coleaf_losses", plot_terms({"CMPAE": pair[0], "CoLeaF": pair[1]}, ["audio", "visual", "video"]), source
         yield "coleaf_exchange", figures_coleaf.plot_exchange(pair[1]), provenance(pair[1], notebook="nbs/coleaf.ipynb")
-    found = systems(records)
-    flat = [r for rs in found.values() for r in rs]
-    if len(found) > 2: yield "zoo_cost", plot_cost(with_runs(cards(list(found), "tiny"), found), "ours", mark_of(flat)), provenance(flat)
+    for scale, end, _, found, flat in zoo_scales(records):
+        yield f"zoo_cost{end}", plot_cost(with_runs(cards(list(found), scale), found), "ours", mark_of(flat)), provenance(flat)
 
 
 def verdicts(records):
