@@ -210,7 +210,7 @@ def zoo_scales(records):
 def zoo(records):
     "All systems in one table: (stem, table)"
     for scale, end, seeds, found, flat in zoo_scales(records):
-        columns = ["system", "year", "idea", "builds on", "parameters", "operations", "seconds", "ours", "printed", "printed in"]
+        columns = ["system", "year", "idea", "builds on", "parameters", "operations", "epochs", "seconds", "ours", "printed", "printed in"]
         if seeds != "1 seed": columns.insert(4, "seeds")
         table = with_runs(cards(list(found), scale), found).astype({"seeds": int})[columns].set_index("system")
         yield f"zoo_systems{end}", table_of(table, f"All systems at scale {scale}, {seeds}", flat, notebook="nbs/zoo.ipynb")

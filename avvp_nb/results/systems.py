@@ -94,14 +94,16 @@ def printed_headline(name: str) -> tuple:
 def with_runs(table: pd.DataFrame,   # from `cards`
               records: Mapping,      # name to run records, one a seed
               ) -> pd.DataFrame:
-    "Cards with seeds, score, printed score, where it is printed, and seconds of training"
+    "Cards with seeds, score, printed score, where it is printed; seconds and epochs of training, of how many"
     out = table.copy()
     for name, rs in records.items():
         rs, key = checked(rs), headline(name)
         value, where = printed_headline(name)
         ours, seconds = np.mean([[scores(r)[key], r["wall_time"]] for r in rs], axis=0)
-        out.loc[name, ["seeds", "ours", "printed", "printed in", "seconds"]] = [
-            len(rs), ours, value, where, seconds]
+        done, whole = rs[0]["spec"]["recipe"], system_spec(name, scale="full").recipe()
+        epochs = f"{done['epochs']} of {whole['epochs']}"
+        out.loc[name, ["seeds", "ours", "printed", "printed in", "seconds", "epochs"]] = [
+            len(rs), ours, value, where, seconds, epochs]
     return out
 
 # %% ../../nbs/results/23_systems.ipynb #4700b910
