@@ -112,8 +112,9 @@ def scale_of(record) -> str:
     return str(scale.get("name", "custom") if isinstance(scale, Mapping) else scale)
 
 def mark_of(records) -> str:
-    "The distinct marks of the records' data, joined; empty when everything is real"
-    return "; ".join(sorted({r["data"]["mark"] for r in records} - {""}))
+    "The distinct parts of the marks of the records' data, joined; empty when everything is real"
+    marks = sorted({r["data"]["mark"] for r in records} - {""})
+    return "; ".join(dict.fromkeys(part for m in marks for part in m.split("; ")))
 
 def marked_as(mark: str) -> str:
     "The word for a mark in a row: `invented`, `simulated`, `real signals`, or nothing when all is real"

@@ -132,10 +132,13 @@ def plot_cost(table: pd.DataFrame,   # from `with_runs`
         x, y = part["operations"].astype(float), part[column].astype(float)
         ax.scatter(x, y, s=10*part["parameters"].astype(float) + 8, alpha=.6, color=PALETTE["av"], lw=0)
         heights = spread(x, y, (y.max() - y.min() or 1.)/28)
-        for n, u, h in zip(part["system"], x, heights): ax.text(u*1.06, h, n, fontsize=7, va="center")
+        for n, u, at, h in zip(part["system"], x, y, heights):
+            ax.plot([u, u*1.05], [at, h], color="grey", lw=.4)               # which name belongs to which point
+            ax.text(u*1.06, h, n, fontsize=7, va="center")
         room = (max(heights) - y.min() or 1.)/20
         ax.set_ylim(y.min() - room, max(heights) + room)                     # the highest name lies inside
-        ax.set(xscale="log", xlabel="million operations for one video (area: parameters)",
+        ax.set(xscale="log", xlim=(x.min()/1.2, x.max()*2))
+        ax.set(xlabel="million operations for one video (area: parameters)",
                ylabel=f"segment Type@AV in %, {column}")
         mark = "\n".join(dict.fromkeys(mark.split("; ")))
         best = part.loc[y.idxmax(), "system"]
