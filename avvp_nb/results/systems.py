@@ -133,7 +133,7 @@ def plot_cost(table: pd.DataFrame,   # from `with_runs`
         ax.scatter(x, y, s=10*part["parameters"].astype(float) + 8, alpha=.6, color=PALETTE["av"], lw=0)
         heights = spread(x, y, (y.max() - y.min() or 1.)/28)
         for n, u, at, h in zip(part["system"], x, y, heights):
-            ax.plot([u, u*1.05], [at, h], color="grey", lw=.4)               # which name belongs to which point
+            ax.plot([u, u*1.05], [at, h], color="grey", lw=.4)                # whose name it is
             ax.text(u*1.06, h, n, fontsize=7, va="center")
         room = (max(heights) - y.min() or 1.)/20
         ax.set_ylim(y.min() - room, max(heights) + room)                     # the highest name lies inside
