@@ -74,6 +74,8 @@ def test_what_is_left_to_pytorch():
     w = torch.randn(3, 4)
     assert suits(torch.randn(2, 4), w)
     with affine_of("onednn"), pytest.raises(RuntimeError, match="cannot be multiplied"): F.linear(torch.randn(2, 5), w)
+    x = torch.randn(2, 4)
+    with affine_of("onednn"): torch.testing.assert_close(F.linear(input=x, weight=w), x @ w.T)
     assert not any([suits(torch.randn(2, 4).double(), w.double()), suits(torch.randn(4), w), suits(torch.randn(0, 4), w),
                     suits(torch.randn(2, 4, device="meta"), w.to("meta"))])
     with torch.autocast("cpu", torch.bfloat16): assert not suits(torch.randn(2, 4), w)

@@ -44,8 +44,9 @@ class Affine(torch.autograd.Function):
                 flat.sum(0) if to_bias else None)
 
 # %% ../../nbs/train/00_affine.ipynb #4c399f12
-def suits(x, weight, bias=None) -> bool:
+def suits(input, weight, bias=None) -> bool:      # as `torch.nn.functional.linear` calls them
     "Is this linear layer one that `Affine` computes: float32 on the CPU, rows, and no autocast?"
+    x = input
     return (x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
             and x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[-1] and x.numel() > 0
             and not torch.is_autocast_enabled("cpu"))
@@ -56,7 +57,7 @@ class ByOneDNN(TorchFunctionMode):
         kwargs = kwargs or {}
         return (self.linear if f is F.linear and suits(*args, **kwargs) else f)(*args, **kwargs)
 
-    def linear(self, x, weight, bias=None): return Affine.apply(x, weight, bias)
+    def linear(self, input, weight, bias=None): return Affine.apply(input, weight, bias)
 
 def without_onednn(device) -> str:
     "Why a device has not got the engine `onednn`, in words; '' when it has"
