@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -20,6 +21,7 @@ from avvp_nb.data import sources
 from avvp_nb.data.clips import Clips
 from avvp_nb.methods import zoo
 from avvp_nb.methods.han import HAN
+from avvp_nb.train import learner
 
 torch.set_num_threads(1)
 SIZES = dict(classes=3, audio_dim=8, frame_dim=8, motion_dim=8, dim=16)  # of the toy network
@@ -61,6 +63,23 @@ def install(setitem=dict.__setitem__):
     "Add the scale `micro`, and shrink all networks to 32 dimensions; `monkeypatch.setitem` undoes it after a test"
     setitem(sources.SCALES, "micro", SCALE)
     for name, method in list(zoo.METHODS.items()): setitem(zoo.METHODS, name, _small(method))
+
+
+def killed_and_continued(tmp_path, monkeypatch, engine):
+    "Records of a run with an engine: one that was left alone, and one that was interrupted in its third epoch and called again"
+    install(monkeypatch.setitem)
+    spec = runs.RunSpec("han", scale="micro", epochs=3)
+    def go(folder): return runs.run(spec, tmp_path / folder, "cpu", "off", engine=engine)
+    whole, real, count = go("a"), learner.logged_epoch, []
+
+    def killed(one):
+        count.append(1)
+        if len(count) == 3: raise KeyboardInterrupt
+        real(one)
+    with monkeypatch.context() as m:
+        m.setattr(learner, "logged_epoch", killed)
+        with pytest.raises(KeyboardInterrupt): go("b")
+    return whole, go("b")
 
 
 def essence(store, record):

@@ -27,7 +27,7 @@ def fitted(engine="onednn", **kw):
 def seen_by(monkeypatch):
     "Counts the layers that oneDNN computes"
     calls, real = [], ByOneDNN.linear
-    monkeypatch.setattr(ByOneDNN, "linear", lambda self, x, w, b=None: calls.append(tuple(x.shape)) or real(self, x, w, b))
+    monkeypatch.setattr(ByOneDNN, "linear", lambda self, input, weight, bias=None: calls.append(tuple(input.shape)) or real(self, input, weight, bias))
     return calls
 
 
@@ -74,11 +74,16 @@ def test_what_is_left_to_pytorch():
     w = torch.randn(3, 4)
     assert suits(torch.randn(2, 4), w)
     with affine_of("onednn"), pytest.raises(RuntimeError, match="cannot be multiplied"): F.linear(torch.randn(2, 5), w)
-    x = torch.randn(2, 4)
-    with affine_of("onednn"): torch.testing.assert_close(F.linear(input=x, weight=w), x @ w.T)
     assert not any([suits(torch.randn(2, 4).double(), w.double()), suits(torch.randn(4), w), suits(torch.randn(0, 4), w),
                     suits(torch.randn(2, 4, device="meta"), w.to("meta"))])
     with torch.autocast("cpu", torch.bfloat16): assert not suits(torch.randn(2, 4), w)
+
+
+@needs
+def test_layers_are_found_by_whatever_way_they_are_called(monkeypatch):
+    calls, x, w = seen_by(monkeypatch), torch.randn(2, 4), torch.randn(3, 4)
+    with affine_of("onednn"): torch.testing.assert_close(F.linear(input=x, weight=w), x @ w.T)
+    assert calls == [(2, 4)]
 
 
 @needs
@@ -103,21 +108,8 @@ def test_it_trains_as_eager_up_to_rounding_and_repeats_to_the_last_bit():
 
 @needs
 def test_a_record_names_it_and_a_killed_run_continues(tmp_path, monkeypatch):
-    micro.install(monkeypatch.setitem)
-    spec = RunSpec("han", scale="micro", epochs=3)
-    whole = runs.run(spec, tmp_path / "a", "cpu", "off", engine="onednn")
+    whole, again = micro.killed_and_continued(tmp_path, monkeypatch, "onednn")
     assert whole["hardware"]["engine"] == "onednn"
-
-    real, count = learner.logged_epoch, []
-
-    def killed(one):
-        count.append(1)
-        if len(count) == 3: raise KeyboardInterrupt
-        real(one)
-    monkeypatch.setattr(learner, "logged_epoch", killed)
-    with pytest.raises(KeyboardInterrupt): runs.run(spec, tmp_path / "b", "cpu", "off", engine="onednn")
-    monkeypatch.setattr(learner, "logged_epoch", real)
-    again = runs.run(spec, tmp_path / "b", "cpu", "off", engine="onednn")
     assert again["probabilities"] == whole["probabilities"]
 
 

@@ -6,10 +6,8 @@ from test_stack import RUNS, same, together
 from torch.nn import functional as F
 from tree import ROOT, load
 
-from avvp_nb import runs
 from avvp_nb.core import InputError
 from avvp_nb.methods.losses import GuidedLoss
-from avvp_nb.records.spec import RunSpec
 from avvp_nb.train import learner
 from avvp_nb.train.dropout import QuickDropout, word_mask
 from avvp_nb.train.learner import Learner, check_engine
@@ -75,21 +73,8 @@ def test_a_run_of_a_stack_draws_what_it_draws_alone(name):
 
 
 def test_a_record_names_it_and_a_killed_run_continues(tmp_path, monkeypatch):
-    micro.install(monkeypatch.setitem)
-    spec = RunSpec("han", scale="micro", epochs=3)
-    whole = runs.run(spec, tmp_path / "a", "cpu", "off", engine="quick-dropout")
+    whole, again = micro.killed_and_continued(tmp_path, monkeypatch, "quick-dropout")
     assert whole["hardware"]["engine"] == "quick-dropout"
-
-    real, count = learner.logged_epoch, []
-
-    def killed(one):
-        count.append(1)
-        if len(count) == 3: raise KeyboardInterrupt
-        real(one)
-    monkeypatch.setattr(learner, "logged_epoch", killed)
-    with pytest.raises(KeyboardInterrupt): runs.run(spec, tmp_path / "b", "cpu", "off", engine="quick-dropout")
-    monkeypatch.setattr(learner, "logged_epoch", real)
-    again = runs.run(spec, tmp_path / "b", "cpu", "off", engine="quick-dropout")
     assert again["probabilities"] == whole["probabilities"]
 
 

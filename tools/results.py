@@ -40,6 +40,7 @@ from avvp_nb.results.groups import (
     provenance,
     run_name,
     scale_of,
+    seeds_text,
 )
 from avvp_nb.results.plans import collect, default_seeds, draw, plan
 from avvp_nb.results.plots import (
@@ -203,8 +204,7 @@ def zoo_scales(records):
     "Scales at which there are runs of several systems: (scale, end of a stem, how many seeds in words, {name: records}, all records)"
     for scale, end in (("tiny", ""), ("small", "_small")):
         found = systems(records, scale)
-        few, many = (f(len(rs) for rs in found.values()) if found else 0 for f in (min, max))
-        if len(found) > 2: yield scale, end, f"{few} seed" if many == 1 else f"{few} to {many} seeds", found, [r for rs in found.values() for r in rs]
+        if len(found) > 2: yield scale, end, seeds_text(map(len, found.values())), found, [r for rs in found.values() for r in rs]
 
 
 def zoo(records):
