@@ -3,6 +3,7 @@ import math
 
 import micro
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -178,6 +179,23 @@ def test_contexts_are_the_two_stored_passes(micro_runs):
         want = event_rates(*pred, test.dense_audio, test.dense_visual)
         np.testing.assert_allclose(got[context], want)
     assert not np.allclose(store.probabilities(records[0]).segments, store.probabilities(records[0], without=True).segments)
+
+
+def test_a_clone_without_probabilities_has_the_same_rates(micro_runs, tmp_path):
+    store, records, test = micro_runs
+    clone = runs.Store(tmp_path)
+    for r in records:
+        for path in (store.record_path(r["key"]), store.video_path(r["key"])):
+            to = tmp_path / path.relative_to(store.root)
+            to.parent.mkdir(exist_ok=True)
+            to.write_bytes(path.read_bytes())
+        for average in ("cells", "videos"):
+            pd.testing.assert_frame_equal(context_rates(r, clone, test, average=average), context_rates(r, store, test, average=average))
+            decided = context_rates(r, store, test, rule=r["rule"], average=average)        # a named rule asks the probabilities
+            pd.testing.assert_frame_equal(context_rates(r, clone, test, average=average), decided)
+        with pytest.raises(InputError, match="is missing or not the file"): context_rates(r, clone, test, rule="cmpae")
+        with pytest.raises(InputError, match="16 videos for 4 clips"): context_rates(r, clone, test[:4])
+    assert rates_table(records, clone, test).to_markdown() == rates_table(records, store, test).to_markdown()
 
 
 def test_a_rule_that_fuses_takes_one_pass_here(micro_runs):

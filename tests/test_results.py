@@ -9,9 +9,9 @@ from tree import ROOT, load
 from avvp_nb.data.sources import DataSpec
 from avvp_nb.methods.zoo import METHODS
 from avvp_nb.records.spec import RunSpec, run_key
-from avvp_nb.records.store import whole_record
+from avvp_nb.records.store import Store, whole_record
 from avvp_nb.results.claims import UNTRAINED
-from avvp_nb.results.groups import check_record
+from avvp_nb.results.groups import check_record, scale_of
 
 results = load(ROOT / "tools" / "results.py")
 FIGURES = ROOT / "figures"
@@ -119,6 +119,34 @@ def test_committed_records_of_real_signals_are_whole_and_say_so():
 
 def test_committed_records_stay_small():
     assert sum(p.stat().st_size for p in (FIGURES / "records").rglob("*.json")) < 20e6
+
+
+def test_repeats_are_of_committed_runs_and_follow_one_rule(records):
+    "The record that counts is the later one, unless other committed runs were trained from the earlier one"
+    now, others = {r["key"]: r for r in records}, [whole_record(p) for p in sorted((FIGURES / "records" / "repeats").glob("*.json"))]
+    assert others
+    for r in map(check_record, others):
+        kept = now[r["key"]]
+        assert r["spec"] == kept["spec"] and r["data"]["identity"] == kept["data"]["identity"], r["key"]
+        heirs = [x for x in records if r["key"] in (x.get("first") or ()) and x["finished"] < r["finished"]]
+        assert (kept["finished"] > r["finished"]) != bool(heirs), r["key"]
+
+
+def test_stages_come_before_what_was_trained_from_them(records):
+    "A run compared with another shares its first stage: nothing is older than the record of the stage that it names"
+    now = {r["key"]: r for r in records}
+    for r in records:
+        if scale_of(r) in UNTRAINED: continue
+        for k in r.get("first") or ():
+            if k in now: assert now[k]["finished"] < r["finished"], (r["key"], k)
+
+
+def test_intervals_of_all_judged_runs_can_be_made_again_in_a_clone(records):
+    store = Store(FIGURES)
+    for r in records:
+        if scale_of(r) in UNTRAINED or scale_of(r) == "calibration" or r.get("task", "parsing") != "parsing": continue
+        kept = store.kept_videos(r)
+        assert kept is not None and kept["own"].shape[0] == r["data"]["n"]["test"], r["key"]
 
 
 def test_every_run_behind_a_table_or_picture_is_committed(records):

@@ -774,19 +774,27 @@ def test_kill_9_of_networks_of_the_real_size(full_size, tmp_path):
     def start(store):
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen([sys.executable, "-c", code, str(store)], env=env, text=True, stdout=subprocess.PIPE)
+    def essence(store): return micro.essence(store, next(iter(micro.records(store).values())))
     whole, rng, kills = start(tmp_path / "whole"), random.Random(0), 0
+    assert whole.stdout.readline()                                                  # the first of four epochs
+    t0 = time.monotonic()
     assert whole.communicate(timeout=300) and whole.returncode == 0
-    for _ in range(6):
-        process = start(tmp_path / "killed")
-        if not process.stdout.readline(): break                                    # nothing left to train
-        time.sleep(rng.uniform(0, .8))
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
-    last = start(tmp_path / "killed")
-    assert last.communicate(timeout=300) and last.returncode == 0 and kills >= 2
-    a, b = (micro.essence(s, next(iter(micro.records(s).values()))) for s in (tmp_path / "whole", tmp_path / "killed"))
-    assert a == b
+    epoch, want = (time.monotonic() - t0) / 3, essence(tmp_path / "whole")
+    for i in range(8):
+        store = tmp_path / str(i)
+        for _ in range(4):
+            process = start(store)
+            if not process.stdout.readline(): break                                 # nothing left to train
+            time.sleep(rng.uniform(0, epoch))
+            kills += process.poll() is None
+            process.kill()
+            process.communicate()
+        last = start(store)
+        assert last.communicate(timeout=300) and last.returncode == 0
+        assert essence(store) == want
+        if kills >= 2: break
+        epoch /= 2
+    assert kills >= 2
 
 
 # --- what the profiles of the simulator reach ------------------------------------------------------------------------

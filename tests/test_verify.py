@@ -131,3 +131,27 @@ def test_the_command(tmp_path, capsys):
     codes = [V.cmd_verify(p.parse_args([str(tmp_path / n), "--reference", str(tmp_path / "ref")])) for n in ("mine", "off")]
     out = capsys.readouterr().out
     assert codes == [0, 1] and out.startswith("Within the spread") and "| HAN | simulated, small |" in out and str(tmp_path) not in out
+
+
+def test_runs_made_twice():
+    "By hand: differences 1, -1, 2 points; half their mean square is 1"
+    before = of("han")
+    again = [moved(r, x, loss=1e-6) for r, x in zip(before, (1.0, -1.0, 2.0))]
+    table, text = V.repeats_table(again, before, notebook="x"), V.repeats_text(again, before)
+    assert [r.mean["score", "difference"] for r in table.rows] == pytest.approx([1.0, -1.0, 2.0])
+    assert [r.mean["loss, epoch 1", "difference"] for r in table.rows] == ["1e-06"] * 3
+    assert text in table.notes and "3 runs were made twice" in text and "up to 2.0 points" in text
+    sd = np.std([V.score_of(r) for r in again], ddof=1)
+    assert text.endswith(f"is 1.0 points over machines, and {sd:.1f} over seeds of the same experiments.")
+    assert table.provenance["runs"] == [r["key"] for r in again] and table.provenance["notebook"] == "x"
+
+
+def test_one_run_made_twice_has_no_spread_over_seeds():
+    before = of("han", (1,))
+    text = V.repeats_text([moved(before[0], 2.0)], before)
+    assert text.startswith("1 run was made twice") and text.endswith(f"is {2 ** .5:.1f} points over machines.")
+
+
+def test_runs_of_other_keys_are_no_repeats():
+    for f in (V.repeats_text, V.repeats_table):
+        with pytest.raises(InputError, match="no run was made twice"): f(of("han", (4,)), of("han"))

@@ -42,6 +42,7 @@ from avvp_nb.results.groups import (
     scale_of,
     seeds_text,
 )
+from avvp_nb.results.intervals import VideoScores
 from avvp_nb.results.plans import collect, default_seeds, draw, plan
 from avvp_nb.results.plots import (
     class_name,
@@ -66,6 +67,7 @@ from avvp_nb.results.rules import (
 from avvp_nb.results.signals import crossed_told, decided, over_bases, uncrossed
 from avvp_nb.results.systems import cards, plot_cost, plot_family, system_names, system_spec, with_runs
 from avvp_nb.results.table import table_of
+from avvp_nb.results.verify import repeats_table, repeats_text
 from avvp_nb.runs.reproduce import gain_block
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +78,7 @@ MADE = {".json", ".md", ".html", ".tex", ".csv", ".svg", ".png"}   # what tables
 KEPT = {   # needs probabilities or weights, so an executed notebook made it: stem -> notebook
     **dict.fromkeys(["han_fig4_pooling", "han_fig5_asynchronous"], "han"), "dgm_fig4_timelines": "dgm",
     **dict.fromkeys(["ma_fig2_swap", "ma_fig3_parsing", "ma_fig4_refined", "ma_fig4_removed", "tables/ma_removed"], "ma"),
-    **dict.fromkeys(["coleaf_fig3_events", "tables/coleaf_1_tiny_simulated"], "coleaf"), "tables/zoo_refinements": "zoo"}
+    "coleaf_fig3_events": "coleaf", "tables/zoo_refinements": "zoo"}
 
 
 # ---------------------------------------------------------------- records
@@ -117,15 +119,20 @@ def most(records, *methods):
 
 # ---------------------------------------------------------------- tables
 
+def enough(paper, table, runs, scale):
+    "Two rows; for rates the cells that all seeds of the only row have kept"
+    if (paper, table) not in RATES: return len(runs) > 1
+    return bool(runs) and VideoScores(FIGURES, scale).has(*(r for rs in runs.values() for r in rs))
+
+
 def planned(records):
-    "The printed tables of which two rows or more were run, each with its gains: (stem, table)"
+    "The printed tables of rates, and those of which two rows or more were run, each with its gains: (stem, table)"
     for scale in SCALES:
         for paper, table in all_tables():
-            if (paper, table) in RATES: continue
             data = DataSpec(dataset=DATASET.get((paper, table), "llp"))
             found = at(records, scale, data.dataset)
             runs = collect(plan(paper, table, scale, default_seeds(scale), data), found)
-            if len(runs) < 2: continue
+            if not enough(paper, table, runs, scale): continue
             seeds = sorted({r["seed"] for rs in runs.values() for r in rs})
             wanted, stem = plan(paper, table, scale, seeds, data), f"{paper}_{table}_{scale}_simulated"
             yield stem, draw(wanted, found, FIGURES, data="simulated")
@@ -225,10 +232,16 @@ def to_judge(records):
             yield scale, [r for d in ("llp", *DATASET.values()) for r in at(records, scale, d)]
 
 
+@cache
+def verdict_lines(scale):
+    "Every line of the claims with its verdict; intervals of single runs come from the scores of their videos"
+    return judge_claims(FIGURES, list(TABLES), scale)
+
+
 def judged(records):
     "Verdicts and findings: (stem, table)"
     for scale, here in to_judge(records):
-        lines = judge_claims(here, list(TABLES), scale)
+        lines = verdict_lines(scale)
         yield f"claims_overview_{scale}_simulated", claims_page.overview(lines)
         for p in TABLES: yield f"claims_{p}_{scale}_simulated", claims_page.claims_table(lines, p)
         for e in EXPERIMENTS:
@@ -237,6 +250,20 @@ def judged(records):
 
 
 WEAK = {"as chosen": ("yamnet", "efficientnet"), "sound weak": ("log-mel", "efficientnet"), "pictures weak": ("yamnet", "thumbnail")}
+
+
+def made_twice(records, scale):
+    "Runs of a scale that were made twice with the same seed: (the later records, the earlier ones)"
+    other = {r["key"]: r for p in sorted((FIGURES / "records" / "repeats").glob("*.json")) if scale_of(r := whole_record(p)) == scale}
+    pairs = [sorted((r, other[r["key"]]), key=lambda r: r["finished"]) for r in records if r["key"] in other]
+    return [b for _, b in pairs], [a for a, _ in pairs]
+
+
+def repeats(records):
+    "The same seed twice: (stem, table)"
+    for scale in SCALES:
+        again, before = made_twice(records, scale)
+        if again: yield f"repeats_{scale}", repeats_table(again, before)
 
 
 def of_signals():
@@ -279,7 +306,7 @@ def real_signals(_):
 
 def tables(records):
     "Every table that records decide: stem -> `Table`"
-    return {stem: t for part in (planned, by_rule, taken_apart, one_paper, zoo, judged, real_signals) for stem, t in part(records)}
+    return {stem: t for part in (planned, by_rule, taken_apart, one_paper, zoo, judged, repeats, real_signals) for stem, t in part(records)}
 
 
 # ---------------------------------------------------------------- pictures
@@ -309,8 +336,8 @@ def from_runs(records):
 
 def verdicts(records):
     "Pictures of verdicts and of one claim: (stem, figure, provenance)"
-    for scale, here in to_judge(records):
-        lines = judge_claims(here, list(TABLES), scale)
+    for scale, _ in to_judge(records):
+        lines = verdict_lines(scale)
         behind = {p: claims_page.claims_table(lines, p).provenance for p in TABLES}
         for p in TABLES: yield f"claims_{p}_{scale}_simulated", claims_page.plot_verdicts(lines, p), behind[p]
         yield f"claim_D-general-han_{scale}_simulated", claims_page.plot_claim(lines, "D-general-han"), behind["dgm"]
@@ -436,6 +463,12 @@ def turned_round(main, small, scale):
     return f"{crossed_told(real, uncrossed({'JoMoLD': there}, store))} " if real else ""
 
 
+def twice(records):
+    "A sentence on runs that were made twice"
+    again, before = made_twice(records, "small")
+    return repeats_text(again, before) if again else ""
+
+
 def took(records):
     "Median training time of the three networks of the main job, and on what"
     found = {"the noise estimator": of(records, System("jomold_estimator")), "JoMoLD": of(records, "jomold"),
@@ -455,7 +488,7 @@ def block():
     head = "| gain in points | score | printed | ours, simulated, small |\n|---|---|---:|---:|"
     table = "\n".join([head, *(gain_line(small, *g) for g in GAINS)])
     parts = [table, "Printed gains are differences of single runs on real features; ours have a 95 % interval over seeds, and none for one seed.",
-             at_full(records), calibration(records), what_matters(small), on_real_signals(small), took(small)]
+             at_full(records), calibration(records), what_matters(small), on_real_signals(small), twice(small), took(small)]
     return "\n\n".join(filter(None, parts))
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVENTS', 'RATES', 'AVERAGES', 'RATE_NOTES', 'rates_of_counts', 'event_rates', 'printed_rates',
            'doubtful_rates', 'without_event', 'explained_sums', 'printed_recall',
-           'plot_printed_rates', 'context_rates', 'cell_counts', 'rates_table', 'event_counts',
-           'event_grids']
+           'plot_printed_rates', 'context_counts', 'context_rates', 'cell_counts', 'rates_table',
+           'event_counts', 'event_grids']
 
 # %% ../../nbs/results/10_rates.ipynb #40b33078
 import math
@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core import PALETTE, InputError, check_choice
 from ..metrics import RULES, llp_floors
-from ..records.scores import event_counts, event_grids
+from ..records.scores import CONTEXTS, event_counts, event_grids
 from .compare import mean_sd, simulated_note
 from .groups import (check_comparable, check_repeats, checked, mark_of, marked_as, provenance,
                                     scale_of)
@@ -121,23 +121,34 @@ def plot_printed_rates():
         return finish(fig, "", f"Printed TP rates of CMPAE. {alt}.")
 
 # %% ../../nbs/results/10_rates.ipynb #8be186f3
-def context_rates(record,                  # a run record
-                  store,                   # its `Store`
-                  clips,                   # the test clips of the run, with dense labels
-                  rule=None,               # decision rule; None: the record's own
-                  average: str = "cells",  # one of `AVERAGES`
-                  ) -> pd.DataFrame:       # rows `EVENTS`, columns (context, rate), percent
+def _check_number(n: int, clips, record):
+    "Refuse clips of another number than the run's test videos"
+    if n == len(clips): return
+    raise InputError(f"{n} videos for {len(clips)} clips", where=record["key"],
+                     expected="the test clips of the run", fix="load them with the run's data and scale")
+
+def context_counts(record,     # a run record
+                   store,      # its `Store`
+                   clips,      # the test clips of the run, with dense labels
+                   rule=None,  # decision rule; None: the record's own
+                   ) -> dict:  # {"U", "U+C"}: (3,4,N) as `event_counts` gives them
+    "Cells of both passes, kept or from probabilities; `InputError` for clips of another number"
+    kept, out = store.kept_videos(record) if rule is None else None, {}
+    for context, without in CONTEXTS.items():
+        found = kept[f"cells_{context}"].astype(int) if kept else store.probabilities(record, without=without)
+        _check_number(found.shape[-1] if kept else len(found), clips, record)
+        if not kept:
+            found = event_counts(*RULES[rule or record["rule"]].decide(found), clips.dense_audio,
+                                 clips.dense_visual, getattr(clips, "mask", None))
+        out[_PRINTED[context]] = found
+    return out
+
+def context_rates(record, store, clips, rule=None,   # as in `context_counts`
+                  average: str = "cells",            # one of `AVERAGES`
+                  ) -> pd.DataFrame:                 # rows `EVENTS`, columns (context, rate), percent
     "Rates of one run without (U) and with (U+C) context; `InputError` for clips of another number"
-    decide, out = RULES[rule or record["rule"]].decide, {}
-    for context, without in (("U", True), ("U+C", False)):
-        p = store.probabilities(record, without=without)
-        if len(p) != len(clips):
-            raise InputError(f"{len(p)} videos for {len(clips)} clips", where=record["key"],
-                             expected="the test clips of the run",
-                             fix="load them with the run's data and scale")
-        out[context] = event_rates(*decide(p), clips.dense_audio, clips.dense_visual,
-                                   getattr(clips, "mask", None), average)
-    return pd.concat(out, axis=1)
+    found = context_counts(record, store, clips, rule)
+    return pd.concat({k: rates_of_counts(x, average) for k, x in found.items()}, axis=1)
 
 def cell_counts(clips) -> pd.Series:
     "Annotated cells of each event type"
