@@ -140,16 +140,25 @@ def test_runs_made_twice():
     table, text = V.repeats_table(again, before, notebook="x"), V.repeats_text(again, before)
     assert [r.mean["score", "difference"] for r in table.rows] == pytest.approx([1.0, -1.0, 2.0])
     assert [r.mean["loss, epoch 1", "difference"] for r in table.rows] == ["1e-06"] * 3
-    assert text in table.notes and "3 runs were made twice" in text and "up to 2.0 points" in text
+    assert text in table.notes and text.startswith("3 runs were made twice with the same seed. Where") and "up to 2.0 points" in text
     sd = np.std([V.score_of(r) for r in again], ddof=1)
-    assert text.endswith(f"is 1.0 points over machines, and {sd:.1f} over seeds of the same experiments.")
+    assert text.endswith(f"is 1.0 points over such repeats, and {sd:.1f} over seeds of the same experiments.")
     assert table.provenance["runs"] == [r["key"] for r in again] and table.provenance["notebook"] == "x"
 
 
 def test_one_run_made_twice_has_no_spread_over_seeds():
     before = of("han", (1,))
     text = V.repeats_text([moved(before[0], 2.0)], before)
-    assert text.startswith("1 run was made twice") and text.endswith(f"is {2 ** .5:.1f} points over machines.")
+    assert text.startswith("1 run was made twice") and text.endswith(f"is {2 ** .5:.1f} points over such repeats.")
+
+
+def test_repeats_that_agree_are_counted_and_left_out_of_the_spread():
+    before = of("han")
+    text = V.repeats_text([before[0], moved(before[1], 2.0), moved(before[2], -2.0)], before)
+    assert text.startswith("3 runs were made twice with the same seed; 1 came out the same to the last digit. ")
+    assert f"is {2 ** .5:.1f} points over such repeats, and " in text
+    same = V.repeats_table(before, before)
+    assert {r.mean["loss, epoch 1", "difference"] for r in same.rows} == {"0"} and same.notes[0].endswith("the same to the last digit.")
 
 
 def test_runs_of_other_keys_are_no_repeats():

@@ -182,7 +182,7 @@ USUAL = ("Usual: by how much two such means differ in at most 95 of 100 cases, f
          "of all experiments of that scale and data set. The same seed on another machine is another draw: "
          "it rounds otherwise.")
 
-# %% ../../nbs/results/27_verify.ipynb #fb690b0a
+# %% ../../nbs/results/27_verify.ipynb #813959f6
 def pairs_of(again, before) -> list:
     "[(later, earlier)] records of the same keys; `InputError` when there are none"
     held = {r["key"]: r for r in records_of(before)}
@@ -191,26 +191,33 @@ def pairs_of(again, before) -> list:
     raise InputError("no run was made twice", where="again", expected="records of the same keys")
 
 def repeats_text(again, before) -> str:
-    "Spread over machines beside the spread over seeds, in a sentence"
+    "Spread over machines beside the spread over seeds, in two or three sentences"
     pairs = pairs_of(again, before)
-    gaps = [score_of(a) - score_of(b) for a, b in pairs]
+    def end(r): return score_of(r), first_loss(r)
+    other = [(a, b) for a, b in pairs if end(a) != end(b)]
+    n, same = len(pairs), len(pairs) - len(other)
+    told = f"{n} run{'s were' if n > 1 else ' was'} made twice with the same seed"
+    if not other: return f"{told}, and came out the same to the last digit."
+    gaps = [score_of(a) - score_of(b) for a, b in other]
     machines = math.sqrt(float(np.mean(np.square(gaps)))/2)
-    among = by_experiment_and_seed([a for a, _ in pairs])
+    among = by_experiment_and_seed([a for a, _ in other])
     seeds, df = pooled_spread([[score_of(r) for r in rs] for rs in among.values()])
+    equal = f"; {same} came out the same to the last digit"*bool(same)
     beside = f", and {seeds:.1f} over seeds of the same experiments"*bool(df)
-    told = f"{len(pairs)} run{'s were' if len(pairs) > 1 else ' was'} made twice with the same seed"
-    return (f"{told}, where sums are rounded otherwise: the mean of ten scores differs by up to "
-            f"{max(map(abs, gaps)):.1f} points. The standard deviation of one run is {machines:.1f} points "
-            f"over machines{beside}.")
+    return (f"{told}{equal}. Where sums were rounded otherwise (another machine, or code that adds in "
+            f"another order), the mean of ten scores differs by up to {max(map(abs, gaps)):.1f} points. "
+            f"The standard deviation of one run is {machines:.1f} points over such repeats{beside}.")
 
+# %% ../../nbs/results/27_verify.ipynb #18c58965
 def repeats_table(again, before,   # records of the same keys, see `records_of`
                   **params) -> Table:
     "Runs that were made twice with the same seed and how far apart they are; `InputError` for none"
-    pairs = pairs_of(again, before)
+    pairs = sorted(pairs_of(again, before), key=lambda p: (_name(p[0]), p[0]["spec"]["seed"]))
     made = [a for a, _ in pairs]
     def row(a, b):
         early, late, mark = score_of(b), score_of(a), mark_of([a])
-        cells = a["spec"]["seed"], f"{first_loss(a) - first_loss(b):.0e}", early, late, late - early
+        rounding = first_loss(a) - first_loss(b)
+        cells = a["spec"]["seed"], f"{rounding:.0e}" if rounding else "0", early, late, late - early
         info = {"mark": mark, "runs": [a["key"]], "scale": scale_of(a), "rule": a["rule"]}
         source = f"{marked_as(mark)}, {scale_of(a)}"
         return Row(_name(a), source, "", dict(zip(REPEATS, cells)), info=info)
