@@ -439,8 +439,9 @@ def what_matters(records, scale="small"):
     few, tested, asked = main_findings(records, scale)
     lines = "\n".join(f"- {f.sentence}" for f in few)
     told = f"What matters most (points, intervals of 95 %, three seeds or more):\n\n{lines}\n\n" if few else ""
-    return (f"{told}{tested} of {asked} questions were tested with three seeds, the others with fewer or not at this scale. Every "
-            "experiment page ends with its own findings, and [claims](nbs/claims.ipynb) judges every claim of the four papers.")
+    how = (f"All {asked} questions were tested with three seeds." if tested == asked else
+           f"{tested} of {asked} questions were tested with three seeds, the others with fewer or not at this scale.")
+    return (f"{told}{how} Every experiment page ends with its own findings, and [claims](nbs/claims.ipynb) judges every claim of the four papers.")
 
 
 def on_real_signals(small, scale="small"):
