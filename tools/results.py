@@ -29,7 +29,7 @@ from avvp_nb.results.claims import LEAST, UNTRAINED, judge_claims
 from avvp_nb.results.compare import compare, printed_rows, rules_table, stack
 from avvp_nb.results.cost import cost_table, plot_tokens
 from avvp_nb.results.errata import errata
-from avvp_nb.results.findings import EXPERIMENTS, findings, main_findings
+from avvp_nb.results.findings import EXPERIMENTS, findings, main_findings, tested_text
 from avvp_nb.results.gains import gained, over
 from avvp_nb.results.groups import (
     EARLY,
@@ -439,9 +439,7 @@ def what_matters(records, scale="small"):
     few, tested, asked = main_findings(records, scale)
     lines = "\n".join(f"- {f.sentence}" for f in few)
     told = f"What matters most (points, intervals of 95 %, three seeds or more):\n\n{lines}\n\n" if few else ""
-    how = (f"All {asked} questions were tested with three seeds." if tested == asked else
-           f"{tested} of {asked} questions were tested with three seeds, the others with fewer or not at this scale.")
-    return (f"{told}{how} Every experiment page ends with its own findings, and [claims](nbs/claims.ipynb) judges every claim of the four papers.")
+    return (f"{told}{tested_text(tested, asked)} Every experiment page ends with its own findings, and [claims](nbs/claims.ipynb) judges every claim of the four papers.")
 
 
 def on_real_signals(small, scale="small"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TYPE', 'VO', 'EXPERIMENTS', 'MAIN', 'Contrast', 'gain_of', 'nothing_of', 'Question', 'Found',
            'answer', 'silence', 'rule_part', 'order', 'Findings', 'findings', 'main_findings',
-           'claims_found']
+           'tested_text', 'claims_found']
 
 # %% ../../nbs/results/26_findings.ipynb #2e450bcc
 import math
@@ -345,6 +345,11 @@ def main_findings(source,           # as for `findings`
     every = {f.asked: f for e in EXPERIMENTS for f in findings(e, source, scale, data).found}
     tested = {a: f for a, f in every.items() if f.rank < 3}
     return [tested[a] for a in MAIN if a in tested][:most], len(tested), len(every)
+
+def tested_text(tested: int, asked: int) -> str:   # of `main_findings`
+    "How many questions were tested on enough seeds, in a sentence"
+    if tested == asked: return f"All {asked} questions were tested with three seeds."
+    return f"{tested} of {asked} questions were tested with three seeds, the others with fewer or not at all."
 
 # %% ../../nbs/results/26_findings.ipynb #5dc50534
 def claims_found(lines: pd.DataFrame) -> str:
