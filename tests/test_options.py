@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tree import NOTEBOOKS, ROOT
 
+import avvp_nb
 from avvp_nb.core import InputError
 from avvp_nb.data.annotations import load_annotations
 from avvp_nb.data.ave_write import write_ave
@@ -183,10 +185,13 @@ def test_every_option_can_be_switched(name, files, tmp_path):
     if NEEDED.get(name, "MODEL") not in files: pytest.skip(f"the packages that write the {NEEDED[name].lower()} are not installed")
     nets = all(version_of(p.split("==")[0]) != "not installed" for p in (hear.PACKAGE, see.PACKAGE, "onnxruntime"))
     chosen = [(key, given) for key, given in sets(name, files) if nets or (name, key) not in NETS]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env, committed = os.environ | {"OMP_NUM_THREADS": "1"}, Path(avvp_nb.__file__).resolve().parents[1] / "figures"
+    def folders(): return {p for p in committed.rglob("*") if p.is_dir()}
+    before = folders()
     done = subprocess.run([sys.executable, "tests/player.py", f"nbs/{name}.ipynb", str(tmp_path / "runs"),
                            json.dumps([given for _, given in chosen])], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     wrong = [f"{key} {given}\n{e}" for (key, given), e in zip(chosen, said, strict=True) if e]
     assert not wrong, "\n\n".join(wrong)
+    assert folders() == before                  # committed results are read, and nothing is packed beside them
