@@ -339,3 +339,23 @@ def test_the_whole_site(browser, tmp_path):
     assert sum(v["math"] for v in found.values()) > 500 and found["nbs/methods/03_han.html"]["math"] > 20
     claims, zoo = (page(out, f"nbs/{n}.html") for n in ("results/18_claims_page", "zoo"))
     assert "data-filter" in claims and "data-sort" in zoo
+
+
+@pytest.mark.parametrize("style, short", [("text-align:right;padding:1px 5px;white-space:nowrap", "r5n"), ("text-align:left;padding:1px 4px;white-space:nowrap", "l4n"),
+                                          ("text-align:left;padding:1px 5px;white-space:normal;min-width:10em", "l5w")])
+def test_cells_of_our_tables_are_written_short_and_the_style_sheet_knows_them(style, short):
+    assert site.compact(f'<td title="a" style="{style}">1</td><th style="{style}">x</th>') == f'<td title="a" data-c="{short}">1</td><th data-c="{short}">x</th>'
+    other = f'<td style="{style};color:red">1</td><p style="{style}">&lt;td style="{style}"</p>'
+    assert site.compact(other) == other
+    rules = dict(re.findall(r"^(\[data-c[^{]*) \{ (.*) \}", site.style(), re.M))
+    assert set(rules) == {"[data-c]", "[data-c^=r]", '[data-c*="4"]', "[data-c$=w]"}
+    got = {}
+    for selector, text in rules.items():
+        if {"[data-c]": True, "[data-c^=r]": short[0] == "r", '[data-c*="4"]': "4" in short, "[data-c$=w]": short[-1] == "w"}[selector]:
+            got |= dict(x.strip().replace(" !important", "").split(": ") for x in text.split(";") if x.strip())
+    assert got == dict(x.split(":") for x in style.split(";"))
+
+
+def test_most_cells_of_a_rendered_table_are_short(tmp_path):
+    text = (ROOT / "figures" / "tables" / "han_1_small_simulated.html").read_text(encoding="utf-8")
+    assert len(site.CELL.findall(text)) > 50 and len(site.compact(text)) < .8 * len(text)
