@@ -49,7 +49,7 @@ def test_the_records_say_what_was_run(tiny):
         assert r["data"]["simulated"] is True and "simulated" in r["data"]["mark"], path
         assert set(r["data"]["n"]) == {"train", "val", "test"} and min(r["data"]["n"].values()) > 0
         assert r["versions"]["torch"] and r["hardware"] and r["commit"] is not None and r["finished"]
-        assert r["wall_time"] >= 0 and r["selection"]["epoch"] <= len(r["history"])
+        assert r["wall_time"] == pytest.approx(sum(h["seconds"] for h in r["history"]), abs=.06) and r["selection"]["epoch"] <= len(r["history"])
 
 
 def test_the_history_is_whole_and_finite(tiny):

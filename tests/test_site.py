@@ -356,6 +356,6 @@ def test_cells_of_our_tables_are_written_short_and_the_style_sheet_knows_them(st
     assert got == dict(x.split(":") for x in style.split(";"))
 
 
-def test_most_cells_of_a_rendered_table_are_short(tmp_path):
+def test_most_cells_of_a_rendered_table_are_short():
     text = (ROOT / "figures" / "tables" / "han_1_small_simulated.html").read_text(encoding="utf-8")
     assert len(site.CELL.findall(text)) > 50 and len(site.compact(text)) < .8 * len(text)

@@ -234,7 +234,7 @@ def to_judge(records):
 
 @cache
 def verdict_lines(scale):
-    "Every line of the claims with its verdict; intervals of single runs come from the scores of their videos"
+    "Every line of the claims with its verdict, from the committed records; intervals of single runs come from the scores of their videos"
     return judge_claims(FIGURES, list(TABLES), scale)
 
 
@@ -252,17 +252,22 @@ def judged(records):
 WEAK = {"as chosen": ("yamnet", "efficientnet"), "sound weak": ("log-mel", "efficientnet"), "pictures weak": ("yamnet", "thumbnail")}
 
 
-def made_twice(records, scale):
-    "Runs of a scale that were made twice with the same seed: (the later records, the earlier ones)"
-    other = {r["key"]: r for p in sorted((FIGURES / "records" / "repeats").glob("*.json")) if scale_of(r := whole_record(p)) == scale}
-    pairs = [sorted((r, other[r["key"]]), key=lambda r: r["finished"]) for r in records if r["key"] in other]
+@cache
+def others():
+    "The other records of runs that were made twice: key -> record"
+    return {r["key"]: r for r in map(whole_record, sorted((FIGURES / "records" / "repeats").glob("*.json")))}
+
+
+def made_twice(records):
+    "Those of the records that were made twice with the same seed: (the later ones, the earlier ones)"
+    pairs = [sorted((r, others()[r["key"]]), key=lambda r: r["finished"]) for r in records if r["key"] in others()]
     return [b for _, b in pairs], [a for a, _ in pairs]
 
 
 def repeats(records):
     "The same seed twice: (stem, table)"
     for scale in SCALES:
-        again, before = made_twice(records, scale)
+        again, before = made_twice(at(records, scale))
         if again: yield f"repeats_{scale}", repeats_table(again, before)
 
 
@@ -464,7 +469,7 @@ def turned_round(main, small, scale):
 
 def twice(records):
     "A sentence on runs that were made twice"
-    again, before = made_twice(records, "small")
+    again, before = made_twice(records)
     return repeats_text(again, before) if again else ""
 
 

@@ -133,15 +133,16 @@ def context_counts(record,     # a run record
                    rule=None,  # decision rule; None: the record's own
                    ) -> dict:  # {"U", "U+C"}: (3,4,N) as `event_counts` gives them
     "Cells of both passes, kept or from probabilities; `InputError` for clips of another number"
-    kept, out = store.kept_videos(record) if rule is None else None, {}
-    for context, without in CONTEXTS.items():
-        found = kept[f"cells_{context}"].astype(int) if kept else store.probabilities(record, without=without)
-        _check_number(found.shape[-1] if kept else len(found), clips, record)
-        if not kept:
-            found = event_counts(*RULES[rule or record["rule"]].decide(found), clips.dense_audio,
-                                 clips.dense_visual, getattr(clips, "mask", None))
-        out[_PRINTED[context]] = found
-    return out
+    kept = store.kept_videos(record) if rule is None else None
+    def cells(context, without):
+        if kept: return kept[f"cells_{context}"].astype(int)
+        p = store.probabilities(record, without=without)
+        _check_number(len(p), clips, record)
+        return event_counts(*RULES[rule or record["rule"]].decide(p), clips.dense_audio, clips.dense_visual,
+                            getattr(clips, "mask", None))
+    found = {_PRINTED[context]: cells(context, without) for context, without in CONTEXTS.items()}
+    _check_number(found["U"].shape[-1], clips, record)
+    return found
 
 def context_rates(record, store, clips, rule=None,   # as in `context_counts`
                   average: str = "cells",            # one of `AVERAGES`

@@ -137,8 +137,8 @@ def plot_cost(table: pd.DataFrame,   # from `with_runs`
             ax.text(u*1.06, h, n, fontsize=7, va="center")
         room = (max(heights) - y.min() or 1.)/20
         ax.set_ylim(y.min() - room, max(heights) + room)                     # the highest name lies inside
-        ax.set(xscale="log", xlim=(x.min()/1.2, x.max()*2))
-        ax.set(xlabel="million operations for one video (area: parameters)",
+        ax.set(xscale="log", xlim=(x.min()/1.2, x.max()*2),
+               xlabel="million operations for one video (area: parameters)",
                ylabel=f"segment Type@AV in %, {column}")
         mark = "\n".join(dict.fromkeys(mark.split("; ")))
         best = part.loc[y.idxmax(), "system"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'USUAL', 'REPEATS', 'committed_folder', 'records_of', 'same_experiment', 'score_of',
            'kind', 'by_experiment_and_seed', 'pooled_spread', 'usual_gap', 'first_loss',
-           'same_seeds', 'machines_text', 'Verified', 'verify', 'pairs_of', 'repeats_text',
+           'pairs_of', 'same_seeds', 'machines_text', 'Verified', 'verify', 'repeats_text',
            'repeats_table', 'your_numbers', 'add_verify_arguments', 'cmd_verify']
 
 # %% ../../nbs/results/27_verify.ipynb #b41d1784
@@ -89,11 +89,15 @@ def first_loss(record) -> float:
     history = record["history"]
     return float(sum(history[0]["loss"].values())) if history else math.nan
 
+def pairs_of(yours, reference) -> list:
+    "[(your record, theirs)] of runs that both sides made"
+    held = {r["key"]: r for r in reference}
+    return [(r, held[r["key"]]) for r in yours if r["key"] in held]
+
 def same_seeds(yours, reference) -> list:
     "[(key, difference of the first epoch's loss, difference of the score)] of runs that both sides made"
-    held = {r["key"]: r for r in reference}
-    pairs = [(r, held[r["key"]]) for r in yours if r["key"] in held and r != held[r["key"]]]
-    return [(a["key"], first_loss(a) - first_loss(b), score_of(a) - score_of(b)) for a, b in pairs]
+    return [(a["key"], first_loss(a) - first_loss(b), score_of(a) - score_of(b))
+            for a, b in pairs_of(yours, reference) if a != b]
 
 def machines_text(pairs: list) -> str:
     "What the same seeds on two machines came to, in a sentence; empty when there are none"
@@ -183,36 +187,29 @@ USUAL = ("Usual: by how much two such means differ in at most 95 of 100 cases, f
          "it rounds otherwise.")
 
 # %% ../../nbs/results/27_verify.ipynb #813959f6
-def pairs_of(again, before) -> list:
-    "[(later, earlier)] records of the same keys; `InputError` when there are none"
-    held = {r["key"]: r for r in records_of(before)}
-    found = [(r, held[r["key"]]) for r in records_of(again) if r["key"] in held]
-    if found: return found
-    raise InputError("no run was made twice", where="again", expected="records of the same keys")
-
 def repeats_text(again, before) -> str:
-    "Spread over machines beside the spread over seeds, in two or three sentences"
-    pairs = pairs_of(again, before)
-    def end(r): return score_of(r), first_loss(r)
-    other = [(a, b) for a, b in pairs if end(a) != end(b)]
-    n, same = len(pairs), len(pairs) - len(other)
-    told = f"{n} run{'s were' if n > 1 else ' was'} made twice with the same seed"
-    if not other: return f"{told}, and came out the same to the last digit."
-    gaps = [score_of(a) - score_of(b) for a, b in other]
-    machines = math.sqrt(float(np.mean(np.square(gaps)))/2)
-    among = by_experiment_and_seed([a for a, _ in other])
+    "Spread over repeats of a seed beside the spread over seeds, in two or three sentences"
+    gaps = {k: score for k, loss, score in same_seeds(again, before) if loss or score}
+    n = len(pairs_of(again, before))
+    told = f"{n} run{'s were' if n != 1 else ' was'} made twice with the same seed"
+    if not gaps: return f"{told}, and came out the same to the last digit."
+    repeats = math.sqrt(float(np.mean(np.square([*gaps.values()])))/2)
+    among = by_experiment_and_seed([r for r in again if r["key"] in gaps])
     seeds, df = pooled_spread([[score_of(r) for r in rs] for rs in among.values()])
-    equal = f"; {same} came out the same to the last digit"*bool(same)
+    equal = f"; {n - len(gaps)} came out the same to the last digit"*(n > len(gaps))
     beside = f", and {seeds:.1f} over seeds of the same experiments"*bool(df)
     return (f"{told}{equal}. Where sums were rounded otherwise (another machine, or code that adds in "
-            f"another order), the mean of ten scores differs by up to {max(map(abs, gaps)):.1f} points. "
-            f"The standard deviation of one run is {machines:.1f} points over such repeats{beside}.")
+            "another order), the mean of ten scores differs by up to "
+            f"{max(map(abs, gaps.values())):.1f} points. The standard deviation of one run is "
+            f"{repeats:.1f} points over such repeats{beside}.")
 
 # %% ../../nbs/results/27_verify.ipynb #18c58965
-def repeats_table(again, before,   # records of the same keys, see `records_of`
+def repeats_table(again, before,   # records of the same keys
                   **params) -> Table:
     "Runs that were made twice with the same seed and how far apart they are; `InputError` for none"
     pairs = sorted(pairs_of(again, before), key=lambda p: (_name(p[0]), p[0]["spec"]["seed"]))
+    if not pairs:
+        raise InputError("no run was made twice", where="again", expected="records of the same keys")
     made = [a for a, _ in pairs]
     def row(a, b):
         early, late, mark = score_of(b), score_of(a), mark_of([a])
