@@ -144,6 +144,7 @@ def context_counts(record,     # a run record
     _check_number(found["U"].shape[-1], clips, record)
     return found
 
+# %% ../../nbs/results/10_rates.ipynb #3ec48ca0
 def context_rates(record, store, clips, rule=None,   # as in `context_counts`
                   average: str = "cells",            # one of `AVERAGES`
                   ) -> pd.DataFrame:                 # rows `EVENTS`, columns (context, rate), percent
